@@ -38,7 +38,7 @@ def main():
 
     scenes, pictures = make_pictures(args.pictures, args.seed)
     vae = train_vae(pictures, args, build)
-    latents = encode(vae, pictures, args)
+    latents = encode(vae, pictures, args, build / "latents.pt")
     pipe = train_flow(vae, latents, scenes, args, build)
     save(pipe, args.output)
     print(json.dumps(evaluate(FluxPipeline.from_pretrained(args.output).to(args.device)), indent=2))
@@ -47,11 +47,11 @@ def main():
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", default="toy_flux", help="folder for the pipeline and the build's checkpoints")
-    parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--pictures", type=int, default=30_000)
     parser.add_argument("--wrong_words", type=float, default=0.15, help="chance of each attribute to be misdescribed")
     parser.add_argument("--vae_steps", type=int, default=3_000)
-    parser.add_argument("--flow_steps", type=int, default=8_000)
-    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--flow_steps", type=int, default=9_000)
+    parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--head_dim", type=int, default=24, help="4 heads of this width")
     parser.add_argument("--double_blocks", type=int, default=2)
     parser.add_argument("--single_blocks", type=int, default=4)
@@ -104,10 +104,14 @@ def train_vae(pictures, args, build):
 
 
 @torch.no_grad()
-def encode(vae, pictures, args):
+def encode(vae, pictures, args, checkpoint):
     """Latents of all pictures, normalised per the whole set: (count, 16 tokens, 32 channels), packed as FLUX does."""
-    batches = [vae.encode(p.to(args.device).float() / 127.5 - 1).latent_dist.mean for p in pictures.split(256)]
-    latents = torch.cat(batches)
+    if checkpoint.exists():
+        latents = torch.load(checkpoint, map_location=args.device, weights_only=True)
+    else:
+        batches = [vae.encode(p.to(args.device).float() / 127.5 - 1).latent_dist.mean for p in pictures.split(256)]
+        latents = torch.cat(batches)
+        torch.save(latents, checkpoint)
     mean, std = latents[:8192].mean().item(), latents[:8192].std().item()
     vae.register_to_config(shift_factor=mean, scaling_factor=1 / std)
     count, channels, height, width = latents.shape
@@ -197,7 +201,7 @@ def train_flow(vae, latents, scenes, args, build):
 
     def loss(step):
         length = rng.choices(TEXT_LENGTHS, TEXT_WEIGHTS)[0]
-        count = args.batch_size * 12 // max(12, min(length, 48))  # long texts cost more
+        count = args.batch_size * 12 // max(length // 8, 12)  # long texts cost more
         rows = [rng.randrange(len(scenes)) for _ in range(count)]
         texts = [caption(misdescribe(scenes[row], args.wrong_words, rng)) for row in rows]
         prompt_embeds, pooled, text_ids = embed(pipe, texts, length)

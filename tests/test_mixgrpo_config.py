@@ -1,0 +1,136 @@
+"""The configuration: the paper's defaults, the batch arithmetic, and errors that say what to change."""
+
+import dataclasses
+
+import pytest
+from transformers import TrainingArguments
+from trl import TrlParser
+
+from diffusers_mixgrpo import MixGRPOConfig
+
+
+def make(tmp_path, **kwargs) -> MixGRPOConfig:
+    return MixGRPOConfig(**{"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, **kwargs})
+
+
+def test_the_defaults_are_the_papers(tmp_path):
+    config = make(tmp_path)
+    published = {
+        "num_inference_steps": 25,
+        "window_size": 4,
+        "window_interval": 25,
+        "window_stride": 1,
+        "window_strategy": "progressive",
+        "eta": 0.7,
+        "sde_type": "flow",
+        "guidance_scale": 3.5,
+        "num_generations": 12,
+        "per_device_train_batch_size": 3,
+        "learning_rate": 1e-5,
+        "weight_decay": 1e-4,
+        "max_grad_norm": 1.0,
+        "epsilon": 1e-4,
+        "advantage_clip": 5.0,
+        "beta": 0.0,
+        "height": 720,
+        "width": 720,
+        "shared_noise": True,
+    }
+    assert {name: getattr(config, name) for name in published} == published
+    assert config.optimizer_steps_per_iteration == 4
+    assert config.prompts_per_iteration == 1
+    schedule = config.window_schedule()
+    assert [schedule.schedule(m) for m in (0, 24, 25)] == [(0, 4), (0, 4), (1, 4)]
+
+
+@pytest.mark.parametrize(
+    "batch, accumulation, per_generation, passes, group, steps, prompts",
+    [
+        (3, 1, 4, 1, 12, 4, 1),
+        (32, 1, 4, 1, 8, 4, 16),
+        (1, 12, 12, 1, 12, 1, 1),
+        (4, 2, 4, 3, 8, 6, 2),
+        (2, 8, 4, 2, 4, 1, 2),
+    ],
+)
+def test_batch_arithmetic(tmp_path, batch, accumulation, per_generation, passes, group, steps, prompts):
+    config = make(
+        tmp_path,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=per_generation,
+        num_iterations=passes,
+        num_generations=group,
+    )
+    assert config.optimizer_steps_per_iteration == steps
+    assert config.prompts_per_iteration == prompts
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"num_generations": 5}, r"3 \* 4 = 12 images per device, which is not a multiple of num_generations=5"),
+        ({"num_generations": 1}, "`num_generations` must be 2 or more, got 1"),
+        ({"gradient_accumulation_steps": 3}, r"4 training batches, .* multiple of gradient_accumulation_steps=3"),
+        ({"gradient_accumulation_steps": 8}, r"Use gradient_accumulation_steps=4 for one optimizer step"),
+        ({"max_steps": 10}, "`max_steps=10` ends inside an iteration, which has 4 optimizer steps here. Use 8 or 12,"),
+        ({"max_steps": 3}, "Use 4, or another multiple of 4"),
+        (
+            {"window_size": 25},
+            r"first 24 of num_inference_steps=25 .* window_size=25. Choose window_size from 1 to 24",
+        ),
+        ({"window_size": 0}, "window_size=0"),
+        ({"window_size": 4, "window_start": 21, "window_strategy": "frozen"}, "Choose window_size from 1 to 3"),
+        ({"window_start": -1, "window_strategy": "frozen"}, "window_start=-1"),
+        ({"window_start": 2}, "`window_start=2` is the place of a window that stays there"),
+        ({"window_strategy": "zigzag"}, "zigzag"),
+        ({"window_interval": 0}, "window_interval"),
+        ({"window_train_fraction": 0.0}, "`window_train_fraction` must be greater than 0 and at most 1, got 0.0"),
+        ({"epsilon": 0.0}, "`epsilon` must be greater than 0, got 0.0"),
+        ({"beta": -1.0}, "`beta` must be 0 or more, got -1.0"),
+        ({"replay_batch_size": 0}, "`replay_batch_size` must be 1 or more, or None, got 0"),
+        ({"sample_batch_size": -2}, "`sample_batch_size` must be 1 or more"),
+        ({"scale_rewards": "prompt"}, "`scale_rewards` must be one of group, batch, none, got 'prompt'"),
+        ({"multi_objective_aggregation": "max"}, "`multi_objective_aggregation` must be one of"),
+        ({"max_reward_failure_rate": 1.5}, "`max_reward_failure_rate` must be from 0 to 1, got 1.5"),
+        ({"auto_find_batch_size": True}, "`auto_find_batch_size=True` is not supported"),
+        ({"remove_unused_columns": True}, "`remove_unused_columns=True` would take away 'prompt'"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be 1 or more"),
+        ({"shift": 0.0}, "`shift` must be greater than 0"),
+    ],
+)
+def test_errors(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **kwargs)
+
+
+def test_all_steps_but_the_last(tmp_path):
+    for size in (-1, "all"):
+        config = make(tmp_path, window_size=size)
+        assert config.window_schedule().schedule(7) == (0, 24)
+    config = make(tmp_path, window_size=-1, window_start=5, window_strategy="frozen")
+    assert config.window_schedule().schedule(7) == (5, 19)
+
+
+def test_the_best_model_is_that_of_the_highest_reward(tmp_path):
+    config = make(tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=4, save_steps=4)
+    assert config.metric_for_best_model == "reward" and config.greater_is_better
+
+
+def test_from_the_command_line(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("eta: 0.3\nreward_weights: [1.0, 0.5]\nmodel_init_kwargs:\n  revision: main\n")
+    arguments = ["--config", str(file), "--output_dir", str(tmp_path), "--window_size", "3", "--use_cpu"]
+    arguments += ["--shift", "3", "--no_shared_noise", "--window_strategy", "random", "--report_to", "none"]
+    (config,) = TrlParser(MixGRPOConfig).parse_args_and_config(arguments)
+    assert (config.eta, config.window_size, config.shift, config.shared_noise) == (0.3, 3, 3.0, False)
+    assert config.reward_weights == [1.0, 0.5] and config.model_init_kwargs == {"revision": "main"}
+    assert config.bf16 is False  # no GPU here
+
+
+def test_every_argument_is_documented_and_has_help():
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for field in dataclasses.fields(MixGRPOConfig):
+        if field.name not in inherited:
+            assert f"        {field.name} (" in MixGRPOConfig.__doc__, field.name
+            assert field.metadata["help"].count("%") == field.metadata["help"].count("%%") * 2
