@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "advantages": set(),
     "prompt_sampler": set(),
     "iteration_callback": set(),
+    "progress_callback": set(),
     "sample_grid": set(),
     "model_card": set(),
     "policies": {"policies"},

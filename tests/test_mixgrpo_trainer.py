@@ -450,6 +450,14 @@ def test_metrics(make):
     json.dumps(trainer.state.log_history)
 
 
+def test_one_progress_bar_with_the_reward(make, capfd):
+    make(max_steps=4, logging_steps=1, disable_tqdm=False).train()
+    shown = capfd.readouterr()
+    assert "{'loss'" not in shown.out + shown.err
+    last = shown.err.replace("\r", "\n").strip().splitlines()[-1]
+    assert "4/4" in last and "reward=" in last and "window=" in last
+
+
 def test_sample_grids(make, tmp_path):
     trainer = make(logging_images_steps=4, num_logged_images=6, max_steps=8)
     trainer.train()

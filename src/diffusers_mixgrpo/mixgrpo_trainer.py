@@ -18,7 +18,7 @@ from peft import PeftConfig
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
@@ -36,6 +36,7 @@ from .prepare_pipeline import (
     rename_gradient_checkpointing,
     save_lora,
 )
+from .progress_callback import RewardProgressCallback
 from .prompt_sampler import PromptSampler, check_dataset
 from .reward_calls import RewardError, RewardFunc, call_reward, check_failures, reward_names, reward_statistics
 from .rollout import Trajectory, all_transitions, replay_log_probs, sample_trajectories
@@ -170,6 +171,8 @@ class MixGRPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.add_callback(IterationCallback(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RewardProgressCallback)
         for name, component in self.pipe.components.items():
             if isinstance(component, nn.Module) and name != "transformer" and not hasattr(component, "_hf_hook"):
                 component.to(args.device)
