@@ -149,6 +149,7 @@ def in_words(summary: dict, output_dir: str) -> str:
             "The LoRA was loaded into a fresh stock FluxPipeline and drew the same pictures (largest difference of a "
             f"pixel: {summary['reload_max_difference']} of 255)."
         )
-    where = os.path.join(output_dir, "")
-    lines.append(f"Pictures: {where}before_after.png and {where}reward_curve.png. Figures: {where}summary.json.")
+    pictures = [name for name in ("before_after.png", "reward_curve.png") if name in os.listdir(output_dir)]
+    pictures = [os.path.join(output_dir, name) for name in pictures]
+    lines.append(f"Pictures: {' and '.join(pictures)}. Figures: {os.path.join(output_dir, 'summary.json')}.")
     return "\n".join(lines)

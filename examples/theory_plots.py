@@ -583,7 +583,12 @@ def draw_windows(output: str, iterations: int = 600) -> None:
         right.set(xlim=(0, 40), xticks=(0, 20, 40))
         right.grid(axis="x", alpha=0.3)
         rows.append(
-            [name, schedule.sweep_length, windows[299].start, *(f"{100 * w:.1f}%" for w in weights[[0, 12, 23]])]
+            [
+                name,
+                schedule.sweep_length,
+                schedule.schedule(299).start,
+                *(f"{100 * w:.1f}%" for w in weights[[0, 12, 23]]),
+            ]
         )
     axes[-1, 1].text(20, 1.5, "100%", ha="center", va="center", fontsize=9)
     axes[-1, 0].legend(fontsize=8, loc="center right")

@@ -37,7 +37,9 @@ class ScriptArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Text file with a prompt a line, or a data set with a column 'prompt'."}
     )
-    num_eval_prompts: int = field(default=16, metadata={"help": "Prompts held out to evaluate on; 0 for none."})
+    num_eval_prompts: int | None = field(
+        default=None, metadata={"help": "Prompts held out to evaluate on. A tenth of all, at most 64, if unset."}
+    )
     lora_rank: int = field(default=64, metadata={"help": "Rank of the LoRA; 0 trains all weights."})
     lora_alpha: int = field(default=128, metadata={"help": "Scale of the LoRA."})
 
@@ -93,6 +95,7 @@ def load_prompts(script: ScriptArguments) -> tuple[Dataset, Dataset | None]:
     """Prompts to train on and, disjoint from them, prompts to evaluate on."""
     name, count = script.dataset_name, script.num_eval_prompts
     if name is None:
+        count = 256 if count is None else count
         train = Dataset.from_dict({"prompt": toy.prompts("train")})
         return train, Dataset.from_dict({"prompt": toy.prompts("test", count)}) if count else None
     if os.path.isfile(name):
@@ -102,6 +105,7 @@ def load_prompts(script: ScriptArguments) -> tuple[Dataset, Dataset | None]:
         raise FileNotFoundError(f"`dataset_name`={name!r} does not exist (the working directory is {os.getcwd()}).")
     else:
         dataset = load_dataset(name, split="train")
+    count = min(len(dataset) // 10, 64) if count is None else count
     if count >= len(dataset) and count:
         raise ValueError(
             f"`num_eval_prompts`={count} leaves none of the {len(dataset)} prompts of `dataset_name`={name!r} to "
