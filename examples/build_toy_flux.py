@@ -27,7 +27,7 @@ from diffusers_mixgrpo.toy.scenes import all_captions, caption, draw, is_held_ou
 
 
 TEXT_LENGTHS = [12, 32, 128, 512]  # T5 lengths seen in training: FLUX does not mask padding, so all must be learned
-TEXT_WEIGHTS = [0.86, 0.06, 0.05, 0.03]
+TEXT_WEIGHTS = [0.93, 0.04, 0.02, 0.01]
 
 
 def main():
@@ -48,9 +48,9 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", default="toy_flux", help="folder for the pipeline and the build's checkpoints")
     parser.add_argument("--pictures", type=int, default=30_000)
-    parser.add_argument("--wrong_words", type=float, default=0.15, help="chance of each attribute to be misdescribed")
+    parser.add_argument("--wrong_words", type=float, default=0.07, help="chance of each attribute to be misdescribed")
     parser.add_argument("--vae_steps", type=int, default=3_000)
-    parser.add_argument("--flow_steps", type=int, default=9_000)
+    parser.add_argument("--flow_steps", type=int, default=15_000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--head_dim", type=int, default=24, help="4 heads of this width")
     parser.add_argument("--double_blocks", type=int, default=2)

@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "prompt_sampler": set(),
     "iteration_callback": set(),
     "progress_callback": set(),
+    "presets": set(),
     "sample_grid": set(),
     "model_card": set(),
     "policies": {"policies"},
@@ -28,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "scheduling_mixed_ode_sde": {"kernels"},
     "rollout": {"kernels", "scheduling_mixed_ode_sde"},
     "reward_calls": {"advantages"},
-    "mixgrpo_config": {"advantages", "window_schedule"},
+    "mixgrpo_config": {"advantages", "presets", "window_schedule"},
     "prepare_pipeline": {"mixgrpo_config", "policies"},
 }
 MAY_IMPORT_TRL = {"mixgrpo_trainer", "mixgrpo_config"}

@@ -6,7 +6,7 @@ import pytest
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from diffusers_mixgrpo import MixGRPOConfig
+from diffusers_mixgrpo import MixedODESDEScheduler, MixGRPOConfig
 
 
 def make(tmp_path, **kwargs) -> MixGRPOConfig:
@@ -134,3 +134,41 @@ def test_every_argument_is_documented_and_has_help():
         if field.name not in inherited:
             assert f"        {field.name} (" in MixGRPOConfig.__doc__, field.name
             assert field.metadata["help"].count("%") == field.metadata["help"].count("%%") * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "trained", "nfe"),
+    [
+        ("mixgrpo", (0, 4), 4, 25),
+        ("mixgrpo-flash", (0, 4), 4, 4 + 9),  # ceil(0.4 * 21) steps after the window
+        ("mixgrpo-flash-star", (0, 4), 4, 4 + 5),
+        ("flow-grpo", (0, 24), 24, 25),
+        ("dancegrpo", (0, 24), 14, 25),
+    ],
+)
+def test_presets(tmp_path, name, window, trained, nfe):
+    config = MixGRPOConfig.from_preset(name, output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    assert config.window_schedule().schedule(0) == window
+    assert int(config.window_train_fraction * window[1]) == trained
+    assert config.optimizer_steps_per_iteration == 4 and config.max_steps == 300 * 4
+    names = ("sde_type", "eta", "ode_solver", "solver_order", "prefix_ratio", "suffix_ratio", "shift")
+    options = {name: getattr(config, name) for name in names}
+    scheduler = MixedODESDEScheduler(window_start=window[0], window_size=window[1], **options)
+    scheduler.set_timesteps(config.num_inference_steps)
+    assert len(scheduler.timesteps) == nfe
+
+
+def test_the_windows_of_the_presets_move_as_published(tmp_path):
+    def starts(name, **overrides):
+        config = MixGRPOConfig.from_preset(name, output_dir=str(tmp_path), report_to="none", use_cpu=True, **overrides)
+        return [config.window_schedule().schedule(iteration).start for iteration in range(60)]
+
+    assert starts("mixgrpo") == [0] * 25 + [1] * 25 + [2] * 10
+    assert starts("mixgrpo-flash") == [0] * 20 + [1] * 20 + [2] * 20
+    assert set(starts("mixgrpo-flash-star")) == set(starts("dancegrpo")) == {0}
+    assert starts("mixgrpo", window_interval=30)[29:31] == [0, 1]
+
+
+def test_an_unknown_preset():
+    with pytest.raises(ValueError, match="'mixgrpo-flash-star'.*got 'ppo'"):
+        MixGRPOConfig.from_preset("ppo")

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .advantages import AGGREGATIONS, SCALINGS
+from .presets import PRESETS
 from .window_schedule import WindowSchedule
 
 
@@ -245,6 +246,34 @@ class MixGRPOConfig(TrainingArguments):
         self._validate_ranges()
         self._validate_batch_arithmetic()
         self._validate_window()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "MixGRPOConfig":
+        """
+        The configuration of a published method, for full fine-tuning of FLUX.1-dev at 720x720.
+
+        All share the setting of the comparison in the MixGRPO paper (arXiv 2507.21802, and its released scripts): 25
+        steps, static shift 3, guidance 3.5, groups of 12 images, 4 optimizer steps an iteration for 300 iterations,
+        AdamW at 1e-5 with weight decay 1e-4, gradient norm 1, clip range 1e-4, advantages up to 5. They differ in:
+
+        | preset | stochastic steps | trained | source |
+        |---|---|---|---|
+        | `"mixgrpo"` | 4, progressive, 25 iterations in a place | all of them | MixGRPO |
+        | `"mixgrpo-flash"` | 4, progressive, 20 iterations; 40% of the steps after, DPM-Solver++ | all | MixGRPO |
+        | `"mixgrpo-flash-star"` | the first 4; 20% of the steps after, DPM-Solver++ | all | MixGRPO |
+        | `"flow-grpo"` | all but the last, `flow`, eta 0.7 | all | Flow-GRPO (2505.05470) |
+        | `"dancegrpo"` | all but the last, `dance`, eta 0.3 | a random 60% each iteration | DanceGRPO (2505.07818) |
+
+        Args:
+            name (`str`): One of the five.
+            overrides: Any other arguments of [`MixGRPOConfig`], and what to have otherwise than published.
+
+        Raises:
+            `ValueError`: If there is no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"`name` must be one of {', '.join(map(repr, PRESETS))}, got {name!r}.")
+        return cls(**(PRESETS[name] | overrides))
 
     @property
     def batches_per_iteration(self) -> int:
