@@ -46,7 +46,7 @@ def test_stock_classes_in_the_layout_of_flux_dev(pipe):
         assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
     assert stock.text_encoder.config.eos_token_id == stock.tokenizer.eos_token_id
     np.testing.assert_array_equal(
-        *(np.asarray(pictures(p, ["a red circle on white"])[0]) for p in (pipe, stock)),
+        *(np.asarray(pictures(p, toy.prompts("test", 1))[0]) for p in (pipe, stock)),
     )
 
 
@@ -91,5 +91,5 @@ def test_it_runs_with_the_mixed_scheduler(pipe):
     pipe = FluxPipeline(**pipe.components)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = MixedODESDEScheduler.from_config(pipe.scheduler.config, window_start=2, window_size=4)
-    pictures(pipe, ["a red circle on white", "two green crosses on gray"])
+    pictures(pipe, toy.prompts("test", 2))
     assert pipe.scheduler.window_log_probs.shape == (2, 4)

@@ -4,8 +4,8 @@
 from diffusers_mixgrpo import toy
 
 pipe = toy.load()
-image = pipe("a red circle left of a blue square on gray").images[0]
-toy.toy_reward(["a red circle left of a blue square on gray"], [image])
+image = pipe("a small red circle at the top on gray").images[0]
+toy.toy_reward(["a small red circle at the top on gray"], [image])
 ```
 
 The pipeline was pretrained by `examples/build_toy_flux.py` on captions with wrong words in them, so it draws well and
@@ -66,8 +66,7 @@ def prompts(split: str, count: int | None = None, seed: int = 0) -> list[str]:
 
     Args:
         split (`str`): `"train"`, or `"test"` for those that neither the base model nor any policy is trained on.
-        count (`int`, *optional*): how many; all of them if `None`. Captions of one or several like objects, of which
-            there are few, come first and the rest are relations between two objects; then all are shuffled.
+        count (`int`, *optional*): how many; all of them if `None`.
         seed (`int`): of the choice and of the order.
 
     Raises:
@@ -79,8 +78,4 @@ def prompts(split: str, count: int | None = None, seed: int = 0) -> list[str]:
     count = len(texts) if count is None else count
     if not 0 < count <= len(texts):
         raise ValueError(f"`count` must be between 1 and {len(texts)} for the split {split!r}, got {count}.")
-    rng = random.Random(seed)
-    rng.shuffle(texts)
-    texts = sorted(texts, key=lambda text: parse(text).relation is not None)[:count]
-    rng.shuffle(texts)
-    return texts
+    return random.Random(seed).sample(texts, count)

@@ -7,13 +7,13 @@ it fills the outline of each shape, its centre, its size. These are then held ag
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, permutations
+from itertools import combinations
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from .scenes import BACKGROUNDS, COLOURS, CROSS_ARM, SHAPES, SIZE, Scene, parse
+from .scenes import BACKGROUNDS, COLOURS, CROSS_ARM, PLACES, SHAPES, SIZE, SIZES, Scene, parse
 
 
 MIN_AREA = 12  # pixels; smaller blobs are specks, not objects
@@ -61,8 +61,8 @@ class Judgement:
 
 def toy_reward(prompts: list[str], images: list[Image.Image], **columns) -> list[float]:
     """
-    Graded score of each picture against its caption: the mean match of colour and shape over the larger of the
-    number of objects wanted and drawn, halved by a wrong place and halved by a wrong background.
+    Graded score of each picture against its caption: the mean match of colour and shape, times the smaller over the
+    larger of the numbers of objects wanted and drawn, and 0.6 times for each of a wrong place, size and background.
 
     Args:
         prompts (`list[str]`): captions of the toy world, one for each image.
@@ -105,9 +105,9 @@ def _judge(prompt: str, picture: bytes) -> Judgement:
 
     ground = (nearest == _NAMES.index(scene.background))[empty].mean() if empty.any() else 0.0
     ground = _ramp(float(ground), 0.5, 0.9)
-    score = _match(scene, blobs) * (0.5 + 0.5 * ground)
+    score = _match(scene, blobs) * _factor(ground)
     right = score > 0.999 and specks == 0 and all(max(blob.shape.values()) > 0.82 for blob in blobs)
-    return Judgement(score=score, right=right, drawn=len(blobs), wanted=len(scene.objects))
+    return Judgement(score=score, right=right, drawn=len(blobs), wanted=scene.number)
 
 
 def find_blobs(pixels: np.ndarray, nearest: np.ndarray) -> tuple[list[Blob], np.ndarray, int]:
@@ -175,51 +175,54 @@ def _ramp(value: float, low: float, high: float) -> float:
     return min(max((value - low) / (high - low), 0.0), 1.0)
 
 
-def _object_score(wanted: tuple[str, str], blob: Blob) -> float:
-    """Half for the colour, half for the shape; a blob that is no clear shape of a normal size is worth less."""
-    colour, shape = wanted
-    best = max(blob.shape, key=lambda name: blob.shape[name])
-    clear = _ramp(blob.shape[best], 0.6, 0.8)
-    clear *= _ramp(min(blob.width, blob.height) / max(blob.width, blob.height), 0.5, 0.75)
-    clear *= _ramp(min(blob.width, blob.height), 7, 12) * _ramp(-max(blob.width, blob.height), -36, -28)
-    return clear * (0.5 * _ramp(blob.colour[colour], 0.4, 0.8) + 0.5 * (best == shape))
+def _factor(share: float) -> float:
+    return 0.6 + 0.4 * share
 
 
 def _match(scene: Scene, blobs: list[Blob]) -> float:
     """
-    How well the blobs are the wanted objects in their wanted place, in [0, 1].
+    How well the blobs are the wanted objects in their wanted place and size, in [0, 1].
 
     With more blobs than wanted, the *worst* choice of as many as wanted counts, so that no object that is drawn on
     top, whatever it looks like, can raise the score.
     """
-    wanted, drawn = len(scene.objects), len(blobs)
+    wanted, drawn = scene.number, len(blobs)
     if drawn == 0 or drawn > 8:  # nothing, or a picture in pieces
         return 0.0
     chosen = combinations(blobs, min(wanted, drawn))
-    return min(_assign(scene, some) for some in chosen) * min(wanted, drawn) / max(wanted, drawn)
+    return min(_match_all(scene, some) for some in chosen) * min(wanted, drawn) / max(wanted, drawn)
 
 
-def _assign(scene: Scene, chosen: tuple[Blob, ...]) -> float:
-    """The best pairing of wanted objects and blobs: the mean score of the pairs, halved by a wrong place."""
-    scores = []
-    for order in permutations(range(len(scene.objects)), len(chosen)):
-        pairs = [_object_score(scene.objects[index], blob) for index, blob in zip(order, chosen, strict=True)]
-        if scene.relation is None:
-            place = 1.0
-        elif len(chosen) == 2:  # a place is only as good as the objects in it
-            place = _place(scene.relation, chosen[order.index(0)], chosen[order.index(1)]) * min(pairs)
-        else:
-            place = 0.0
-        scores.append(sum(pairs) / len(pairs) * (0.5 + 0.5 * place))
-    return max(scores)
+def _match_all(scene: Scene, chosen: tuple[Blob, ...]) -> float:
+    looks = sum(_looks(scene, blob) for blob in chosen) / len(chosen)
+    if scene.size is not None:
+        return looks * _factor(_in_place(scene.place, chosen[0])) * _factor(_sized(scene.size, chosen[0]))
+    return looks * _factor(_in_line(scene.place, chosen))
 
 
-def _place(relation: str, first: Blob, second: Blob) -> float:
-    right, down = first.x - second.x, first.y - second.y
-    along, across = {
-        "left of": (-right, down),
-        "right of": (right, down),
-        "above": (-down, right),
-        "below": (down, right),
-    }[relation]
-    return _ramp(along - abs(across), 0.0, 8.0)
+def _looks(scene: Scene, blob: Blob) -> float:
+    """Half for the colour, half for the shape; a blob that is no clear shape is worth less."""
+    best = max(blob.shape, key=lambda name: blob.shape[name])
+    clear = _ramp(blob.shape[best], 0.6, 0.75)
+    clear *= _ramp(min(blob.width, blob.height) / max(blob.width, blob.height), 0.5, 0.75)
+    clear *= _ramp(min(blob.width, blob.height), 5, 9) * _ramp(-max(blob.width, blob.height), -36, -28)
+    return clear * (0.5 * _ramp(blob.colour[scene.colour], 0.4, 0.8) + 0.5 * (best == scene.shape))
+
+
+def _in_place(place: str, blob: Blob) -> float:
+    """Whether this is the nearest of all places, graded by how much nearer it is than the next."""
+    distance = {name: float(np.hypot(blob.x - x, blob.y - y)) for name, (x, y) in PLACES.items()}
+    others = min(value for name, value in distance.items() if name != place)
+    return _ramp(others - distance[place], 0.0, 5.0)
+
+
+def _sized(size: str, blob: Blob) -> float:
+    middle = sum(sum(half) for half in SIZES.values()) / 2  # between small and large, in pixels
+    width = (blob.width + blob.height) / 2
+    return _ramp(width - middle if size == "large" else middle - width, 0.0, 2.0)
+
+
+def _in_line(layout: str, chosen: tuple[Blob, ...]) -> float:
+    across = max(blob.x for blob in chosen) - min(blob.x for blob in chosen)
+    down = max(blob.y for blob in chosen) - min(blob.y for blob in chosen)
+    return _ramp(across - down if layout == "row" else down - across, 0.0, 10.0)
