@@ -48,9 +48,9 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", default="toy_flux", help="folder for the pipeline and the build's checkpoints")
     parser.add_argument("--pictures", type=int, default=20_000)
-    parser.add_argument("--wrong_words", type=float, default=0.18, help="chance of each attribute to be misdescribed")
+    parser.add_argument("--wrong_words", type=float, default=0.12, help="chance of each attribute to be misdescribed")
     parser.add_argument("--vae_steps", type=int, default=3_000)
-    parser.add_argument("--flow_steps", type=int, default=8_000)
+    parser.add_argument("--flow_steps", type=int, default=13_200)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--head_dim", type=int, default=24, help="4 heads of this width")
     parser.add_argument("--double_blocks", type=int, default=2)
@@ -279,7 +279,7 @@ def save(pipe, output):
 
 
 @torch.no_grad()
-def evaluate(pipe, count=256, steps=10, max_sequence_length=12):
+def evaluate(pipe, count=253, steps=10, max_sequence_length=12):
     """Held-out captions, the stock pipeline: graded score, share of wholly right pictures, objects too many."""
     pipe.set_progress_bar_config(disable=True)
     texts = [text for text in all_captions() if is_held_out(text)]

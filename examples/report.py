@@ -86,7 +86,7 @@ def draw_before_after(prompts, before, after, scores_before, scores_after, outpu
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_xlabel("not scored" if score is None else f"reward {score:.2f}")
-            if row is axes[0]:
+            if when == "before":
                 axis.set_title("\n".join(textwrap.wrap(prompt, 18)[:5]), fontsize=8)
         row[0].set_ylabel(when)
     figure.savefig(os.path.join(output_dir, "before_after.png"), dpi=120)

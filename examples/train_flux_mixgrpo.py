@@ -95,7 +95,7 @@ def load_prompts(script: ScriptArguments) -> tuple[Dataset, Dataset | None]:
     """Prompts to train on and, disjoint from them, prompts to evaluate on."""
     name, count = script.dataset_name, script.num_eval_prompts
     if name is None:
-        count = 256 if count is None else count
+        count = 200 if count is None else count
         train = Dataset.from_dict({"prompt": toy.prompts("train")})
         return train, Dataset.from_dict({"prompt": toy.prompts("test", count)}) if count else None
     if os.path.isfile(name):

@@ -126,4 +126,4 @@ def test_the_recipe_stays_a_recipe():
 
 
 def test_train_and_held_out_prompts_are_disjoint():
-    assert not set(toy.prompts("train")) & set(toy.prompts("test", 256))
+    assert not set(toy.prompts("train")) & set(toy.prompts("test"))
