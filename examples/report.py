@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from diffusers import FluxPipeline
+from diffusers.utils import logging
 
 
 def write_summary(trainer, script, before: dict, after: dict, seconds: float) -> dict:
@@ -103,6 +104,7 @@ def check_reload(model: str, args, prompts, expected) -> int:
     Raises:
         `RuntimeError`: if the pictures are others.
     """
+    logging.set_verbosity_error()  # else diffusers remarks that the LoRA has no part for the text encoder
     pipe = FluxPipeline.from_pretrained(model)
     pipe.load_lora_weights(args.output_dir)
     pipe.set_progress_bar_config(disable=True)

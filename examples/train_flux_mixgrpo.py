@@ -82,7 +82,7 @@ def main():
     if not trainer.is_world_process_zero():
         return
     summary = write_summary(trainer, script, before, after, seconds)
-    draw_reward_curve(trainer.state.log_history, config.output_dir)
+    draw_reward_curve([{"step": 0, **before}, *trainer.state.log_history], config.output_dir)
     if eval_dataset:
         scores = [trainer.reward_funcs[0](shown, pictures) for pictures in (pictures_before, pictures_after)]
         draw_before_after(shown, pictures_before, pictures_after, *scores, config.output_dir)
