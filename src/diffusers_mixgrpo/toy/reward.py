@@ -219,7 +219,7 @@ def _in_place(place: str, blob: Blob) -> float:
 def _sized(size: str, blob: Blob) -> float:
     middle = sum(sum(half) for half in SIZES.values()) / 2  # between small and large, in pixels
     width = (blob.width + blob.height) / 2
-    return _ramp(width - middle if size == "large" else middle - width, 0.0, 2.0)
+    return _ramp(width - middle if size == "large" else middle - width, 0.0, 1.5)
 
 
 def _in_line(layout: str, chosen: tuple[Blob, ...]) -> float:
