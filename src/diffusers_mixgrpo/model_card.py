@@ -48,7 +48,7 @@ image = pipe(
 |---|---|
 {rows}
 
-Trained with [diffusers-mixgrpo](https://pypi.org/project/diffusers-mixgrpo/).
+Trained with diffusers-mixgrpo.
 """
 
 SHIFT_NOTE = """
