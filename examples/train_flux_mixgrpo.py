@@ -12,7 +12,6 @@ On FLUX.1-dev, with your own reward and prompts (one a line, or a data set with 
 Every field of `MixGRPOConfig` is a flag, and can stand in a YAML file given with `--config`.
 """
 
-import importlib
 import os
 import sys
 from dataclasses import dataclass, field
@@ -32,7 +31,10 @@ class ScriptArguments:
         default=None, metadata={"help": "Folder or Hub repository of a FLUX pipeline. The bundled tiny one if unset."}
     )
     reward_funcs: list[str] = field(
-        default_factory=list, metadata={"help": "Rewards, each as module:function or the name of one of the toy's."}
+        default_factory=list,
+        metadata={
+            "help": "Rewards: a name (hpsv2, pickscore, ...), a Hub id, a URL, module:function, or one of the toy's."
+        },
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Text file with a prompt a line, or a data set with a column 'prompt'."}
@@ -59,7 +61,7 @@ def main():
     model = script.pretrained_model_name_or_path or toy.path()
     trainer = MixGRPOTrainer(
         model=model,
-        reward_funcs=[load_reward(name) for name in script.reward_funcs],
+        reward_funcs=[getattr(toy, name, name) for name in script.reward_funcs],
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -113,21 +115,6 @@ def load_prompts(script: ScriptArguments) -> tuple[Dataset, Dataset | None]:
         )
     train = dataset.select(range(len(dataset) - count))
     return train, dataset.select(range(len(dataset) - count, len(dataset))) if count else None
-
-
-def load_reward(name: str):
-    """A reward function by `module:function`, or one of the toy's by its name."""
-    module, _, function = name.rpartition(":")
-    sys.path.insert(0, os.getcwd())  # one's own module next to where one works
-    try:
-        return getattr(importlib.import_module(module) if module else toy, function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"`reward_funcs`: there is no {name!r} ({error}). Give module:function, importable from {os.getcwd()}, or "
-            "one of toy_reward, wholly_right, extra_objects."
-        ) from error
-    finally:
-        sys.path.pop(0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,304 @@
+"""The reward server as any HTTP client sees it, and as a process of its own."""
+
+import base64
+import http.client
+import io
+import json
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES))
+
+import serve_rewards  # noqa: E402
+
+
+def png(colour="red", size=(4, 3), kind="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def redness(prompts, images, **columns):
+    return [image.getpixel((0, 0))[0] / 255 for image in images]
+
+
+def broken(prompts, images):
+    raise RuntimeError("the model is\nnot there")
+
+
+def too_few(prompts, images):
+    return [0.5]
+
+
+def texts(prompts, images):
+    return ["good"] * len(images)
+
+
+@pytest.fixture
+def start():
+    servers = []
+
+    def start(rewards, api_key="", max_bytes=2**20):
+        server = serve_rewards.RewardServer(("127.0.0.1", 0), rewards, api_key, max_bytes)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        servers.append(server)
+        return server.server_address[1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def connect(start):
+    connections = []
+
+    def connect(port):
+        connections.append(http.client.HTTPConnection("127.0.0.1", port, timeout=30))
+        return connections[-1]
+
+    yield connect
+    for connection in connections:
+        connection.close()
+
+
+def ask(connection, method, path, body=None, **headers):
+    content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection.request(method, path, content, headers)
+    response = connection.getresponse()
+    assert response.headers["Content-Type"] == "application/json"
+    return response.status, json.loads(response.read())
+
+
+def batch(count=1, **changes):
+    return {"prompts": ["a cat"] * count, "images": [png()] * count} | changes
+
+
+def test_scores(start, connect):
+    connection = connect(start({"redness": redness, "my_module:length": lambda prompts, images: map(len, prompts)}))
+    images = [png("red"), png("blue", kind="JPEG"), png((51, 0, 0), kind="WEBP")]
+    status, answer = ask(connection, "POST", "/redness", {"prompts": ["a"] * 3, "images": images, "columns": {}})
+    assert status == 200 and answer["scores"] == pytest.approx([1, 0, 0.2], abs=0.02)
+    status, answer = ask(connection, "POST", "/my_module%3Alength", batch(prompts=["four"]))
+    assert (status, answer) == (200, {"scores": [4.0]})
+    assert ask(connection, "POST", "/redness", {"prompts": [], "images": []}) == (200, {"scores": []})
+    assert ask(connection, "GET", "/health") == (
+        200,
+        {"status": "ok", "rewards": ["redness", "my_module:length"]},
+    )
+
+
+WRONG = [
+    (b"", None, "the request is not JSON"),
+    (b"{", None, "the request is not JSON"),
+    (b"\xff\xfe\x00", None, "the request is not JSON"),
+    (b"[" * 100_000, None, "the request is not JSON"),
+    ([1], None, "not a JSON object"),
+    ({"images": []}, "prompts", "must be a list of strings"),
+    ({"prompts": "a", "images": [png()]}, "prompts", "must be a list of strings"),
+    ({"prompts": [1], "images": [png()]}, "prompts", "must be a list of strings"),
+    ({"prompts": ["a"]}, "images", "must be a list of 1 images"),
+    (batch(images=[]), "images", "must be a list of 1 images"),
+    (batch(2, images=[png(), None]), "images[1]", "it is a NoneType"),
+    (batch(2, images=[png(), "ä"]), "images[1]", "is not a PNG, JPEG or WebP picture in base64"),
+    (batch(images=["!!!!"]), "images[0]", "is not a PNG, JPEG or WebP picture in base64"),
+    (batch(images=[base64.b64encode(b"hello").decode()]), "images[0]", "is not a PNG, JPEG or WebP"),
+    (batch(images=[png(size=(300, 300))[:200]]), "images[0]", "is not a PNG, JPEG or WebP"),
+    (batch(images=[png(kind="GIF")]), "images[0]", "is not a PNG, JPEG or WebP"),
+    (batch(columns=[]), "columns", "must be an object of lists"),
+    (batch(columns={"answer": 3}), "columns.answer", "must be a list of 1 values"),
+    (batch(columns={"answer": [1, 2]}), "columns.answer", "must be a list of 1 values"),
+    (batch(columns={"images": [1]}), "columns.images", "a name that rewards use themselves"),
+]
+
+
+def test_wrong_requests(start, connect):
+    connection = connect(start({"redness": redness}))
+    for body, field, message in WRONG:
+        status, answer = ask(connection, "POST", "/redness", body)
+        assert status == 400 and answer["error"]["field"] == field, body
+        assert message in answer["error"]["message"] and (field or "") in answer["error"]["message"]
+    # All over one connection, which is still good.
+    assert ask(connection, "POST", "/redness", batch()) == (200, {"scores": [1.0]})
+
+
+def test_a_bomb_of_a_picture(start, connect):
+    # Its header says 400 million pixels: refused before any of it is unpacked.
+    small = base64.b64decode(png())
+    header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + small[24:29]
+    content = small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
+    connection = connect(start({"redness": redness}))
+    status, answer = ask(connection, "POST", "/redness", batch(images=[base64.b64encode(content).decode()]))
+    assert status == 400 and "decompression bomb" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("broken", "the reward raised RuntimeError: the model is\nnot there"),
+        ("too_few", "the reward returned 1 scores for 2 images"),
+        ("texts", "the reward raised ValueError: could not convert string to float: 'good'"),
+    ],
+)
+def test_rewards_that_do_not_work(start, connect, name, message):
+    connection = connect(start({name: globals()[name], "redness": redness}))
+    assert ask(connection, "POST", f"/{name}", batch(2)) == (500, {"error": {"message": message, "field": None}})
+    assert ask(connection, "POST", "/redness", batch())[0] == 200
+
+
+def test_other_paths_and_methods(start, connect):
+    port = start({"redness": redness})
+    connection = connect(port)
+    for method, path in (("POST", "/"), ("POST", "/greenness"), ("POST", "/redness/more"), ("POST", "/health")):
+        status, answer = ask(connection, method, path, batch())
+        assert status == 404 and "there is no reward" in answer["error"]["message"], path
+    assert ask(connection, "GET", "/redness")[0] == 404
+    assert ask(connect(port), "PUT", "/redness", batch())[0] == 501
+
+
+def test_the_key(start, connect):
+    port = start({"redness": redness}, api_key="secret")
+    connection = connect(port)
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}, {"Authorization": "ü"}):
+        status, answer = ask(connection, "POST", "/redness", batch(), **headers)
+        assert status == 401 and "secret" not in str(answer)
+    assert ask(connection, "POST", "/greenness", batch())[0] == 401  # names are not for everyone
+    assert ask(connection, "POST", "/redness", batch(), Authorization="Bearer secret") == (200, {"scores": [1.0]})
+    assert ask(connection, "GET", "/health")[0] == 200
+
+
+def test_limit_on_requests(start, connect):
+    port = start({"redness": redness}, max_bytes=1000)
+    connection = connect(port)
+    for _ in range(2):  # within reason the rest is read, and the connection goes on
+        status, answer = ask(connection, "POST", "/redness", b"x" * 3000)
+        assert status == 413 and "3000 bytes, more than the limit of 1000" in answer["error"]["message"]
+    assert ask(connection, "POST", "/redness", batch()) == (200, {"scores": [1.0]})
+
+
+def raw(port, request):
+    """What comes back for some bytes, until the server closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+def test_lengths_that_are_none(start, connect):
+    port = start({"redness": redness}, max_bytes=1000)
+    for length in (
+        b"",
+        b"Content-Length: -1\r\n",
+        b"Content-Length: 1e3\r\n",
+        b"Content-Length: " + b"9" * 5000 + b"\r\n",
+    ):
+        answer = raw(port, b"POST /redness HTTP/1.1\r\nHost: a\r\n" + length + b"\r\n")
+        assert answer.startswith(b"HTTP/1.1 411 ") and b"no Content-Length" in answer
+    assert raw(port, b"nonsense\r\n\r\n").endswith(b'"field": null}}')
+    assert ask(connect(port), "GET", "/health")[0] == 200
+
+
+def test_a_client_that_goes_away(start, connect, capfd):
+    port = start({"redness": redness})
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"POST /redness HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nabc")
+    assert ask(connect(port), "POST", "/redness", batch()) == (200, {"scores": [1.0]})
+    time.sleep(0.1)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_one_batch_at_a_time(start, connect):
+    busy, most = [], []
+
+    def reward(prompts, images):
+        busy.append(1)
+        most.append(len(busy))
+        time.sleep(0.05)
+        busy.pop()
+        return [1.0]
+
+    port = start({"a": reward, "b": reward})
+    threads = [threading.Thread(target=ask, args=(connect(port), "POST", f"/{name}", batch())) for name in "abab"]
+    for thread in threads:
+        thread.start()
+    while len(most) < 4:
+        assert ask(connect(port), "GET", "/health")[0] == 200  # answered meanwhile
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
+
+
+def test_two_rewards_of_one_name(tmp_path, monkeypatch):
+    (tmp_path / "serve_a.py").write_text("def one(prompts, images): return [1.0]\n")
+    (tmp_path / "serve_b.py").write_text("from serve_a import one\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert list(serve_rewards.load_rewards(["serve_a:one"], "cpu")) == ["one"]
+    with pytest.raises(ValueError, match="two rewards are called 'one'"):
+        serve_rewards.load_rewards(["serve_a:one", "serve_b:one"], "cpu")
+
+
+def test_rewards_are_moved_to_the_device(tmp_path, monkeypatch):
+    (tmp_path / "serve_c.py").write_text(
+        "class Model:\n"
+        "    __name__ = 'model'\n"
+        "    def to(self, device):\n"
+        "        self.device = device\n"
+        "        return self\n"
+        "    def __call__(self, prompts, images):\n"
+        "        return [1.0] * len(images)\n"
+        "model = Model()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert serve_rewards.load_rewards(["serve_c:model"], "meta")["model"].device == "meta"
+
+
+def test_the_command(tmp_path, connect):
+    (tmp_path / "my_rewards.py").write_text(
+        "def redness(prompts, images, **columns):\n    return [image.getpixel((0, 0))[0] / 255 for image in images]\n"
+    )
+    command = [
+        sys.executable,
+        str(EXAMPLES / "serve_rewards.py"),
+        "--reward_funcs",
+        "my_rewards:redness",
+        "--port",
+        "0",
+    ]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "MY_KEY": "secret", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--api_key_env", "MY_KEY"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"Serving redness at http://127\.0\.0\.1:(\d+), for those with the key", line):
+                break
+        assert found, "".join(lines)
+        connection = connect(int(found[1]))
+        assert ask(connection, "POST", "/redness", batch())[0] == 401
+        assert ask(connection, "POST", "/redness", batch(), Authorization="Bearer secret") == (200, {"scores": [1.0]})
+    finally:
+        process.terminate()
+        rest = process.communicate(timeout=60)[1]
+    assert "secret" not in "".join(lines) + rest
+
+
+def test_a_key_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["serve_rewards.py", "--reward_funcs", "a:b", "--api_key_env", "NO_SUCH_KEY"])
+    with pytest.raises(ValueError, match="the environment variable NO_SUCH_KEY is not set"):
+        serve_rewards.main()
