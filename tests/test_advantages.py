@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_mixgrpo import compute_advantages
-from diffusers_mixgrpo.advantages import combine_rewards, group_normalize, normalize_weights
+from diffusers_mixgrpo.advantages import combine_rewards, group_normalize, keep_extremes, normalize_weights
 
 
 NAN = math.nan
@@ -137,3 +137,14 @@ def test_bad_arguments():
         compute_advantages(rewards, [1, 2])
     with pytest.raises(ValueError, match="must be finite and not all 0"):
         compute_advantages(rewards, [0.0])
+
+
+def test_the_extremes_of_each_group():
+    advantages = torch.tensor([[0.1, -2.0, 0.5, 3.0, -0.3, 0.0], [1.0, 1.0, 1.0, -1.0, -1.0, -1.0]])
+    kept = keep_extremes(advantages, 1)
+    assert kept[0].tolist() == [0, -2, 0, 3, 0, 0]
+    assert sorted(kept[1].tolist()) == [-1, 0, 0, 0, 0, 1]
+    kept = keep_extremes(advantages, 2)
+    assert kept[0].tolist() == pytest.approx([0, -2, 0.5, 3, -0.3, 0])
+    assert torch.equal(keep_extremes(advantages, 3), advantages)
+    assert torch.equal(keep_extremes(advantages, 100), advantages)

@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "advantages": set(),
     "prompt_sampler": set(),
     "iteration_callback": set(),
+    "iteration_draws": set(),
     "progress_callback": set(),
     "presets": set(),
     "sample_grid": set(),

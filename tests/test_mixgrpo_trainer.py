@@ -654,6 +654,119 @@ def test_push_to_hub(make, tmp_path, monkeypatch):
     assert 'load_lora_weights("someone/output"' in (tmp_path / "output" / "README.md").read_text()
 
 
+# ---- Saving work ----
+
+
+class Gradients(TrainerCallback):
+    """The gradient of each optimizer step, before it is clipped."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.steps.append([p.grad.clone() for p in model.parameters() if p.requires_grad and p.grad is not None])
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"lora": False},
+        {"sample_batch_size": 4},
+        {"window_train_fraction": 0.5},
+        {"window_start": 1},
+        {"bf16": True},
+    ],
+    ids=lambda kwargs: "_".join(kwargs) or "lora",
+)
+def test_the_rollout_s_own_graph_gives_the_replay_s_gradient(make, kwargs):
+    found = []
+    # float32 rollouts and replays of the same batch, or bfloat16 would differ by its rounding
+    kwargs = {"steps_per_generation": 1, "per_device_train_batch_size": 8, "max_steps": 2, "max_grad_norm": 0} | kwargs
+    kwargs |= {"window_strategy": "frozen"} if "window_start" in kwargs else {}
+    for reuse in (False, True):
+        gradients = Gradients()
+        trainer = make(pipe=build_pipeline(), reuse_rollout_graph=reuse, callbacks=[gradients], **kwargs)
+        trainer.train()
+        found.append(gradients.steps)
+    assert len(found[0]) == len(found[1]) == 2 and len(found[0][0]) == len(found[1][0]) > 4
+    for replayed, reused in zip(found[0][0], found[1][0], strict=True):
+        assert replayed.abs().max() > 0 or reused.abs().max() == 0
+        tolerance = 3e-2 if "bf16" in kwargs else 1e-5
+        assert (replayed - reused).norm() <= tolerance * replayed.norm() + 1e-12
+    assert sum(float(gradient.norm()) for gradient in found[1][0]) > 0
+    assert logged(trainer, "ratio/on_policy_max_deviation")[0] == 0
+
+
+def test_a_rollout_that_keeps_its_graph_draws_the_same(make):
+    states = []
+    for reuse in (False, True):
+        trainer = make(pipe=build_pipeline(), steps_per_generation=1, per_device_train_batch_size=8, max_steps=1)
+        trainer.args.reuse_rollout_graph = reuse
+        trainer.train()
+        states.append(trainer._rollout.trajectory)
+    assert torch.equal(states[0].states, states[1].states) and torch.equal(states[0].latents, states[1].latents)
+    assert torch.equal(states[0].log_probs, states[1].log_probs.detach())
+    assert states[1].log_probs.requires_grad and not states[1].states.requires_grad
+
+
+def test_only_the_extremes_are_replayed(make):
+    counts = []
+
+    class Count(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            def note(module, args, kwargs):
+                if torch.is_grad_enabled():
+                    counts.append(len(kwargs["hidden_states"]))
+
+            self.handle = model.register_forward_pre_hook(note, with_kwargs=True)
+
+    for k, passes in ((None, 16), (1, 8)):
+        counts.clear()
+        trainer = make(pipe=build_pipeline(), replay_top_k=k, max_steps=2, callbacks=[Count()])
+        trainer.train()
+        assert sum(counts) == passes and len(set(counts)) == 1  # two batches, 8 images x 2 steps or half of it
+        kept = trainer._rollout.advantages.view(2, 4)
+        if k == 1:
+            assert ((kept != 0).sum(1) == 2).all() and (kept.amax(1) > 0).all() and (kept.amin(1) < 0).all()
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        {"name": "FirstBlockCacheConfig", "threshold": 10.0},
+        {"name": "TaylorSeerCacheConfig", "cache_interval": 3, "disable_cache_before_step": 1},
+    ],
+    ids=lambda c: c["name"],
+)
+def test_a_cache_works_outside_the_window_alone(make, cache):
+    kwargs = {"num_inference_steps": 9, "window_strategy": "frozen", "window_start": 3, "learning_rate": 0.0}
+    trainers = {}
+    for name, ode_cache in (("plain", None), ("cached", cache)):
+        trainers[name] = make(pipe=build_pipeline(), ode_cache=ode_cache, max_steps=2, **kwargs)
+        trainers[name].train()
+        assert not trainers[name].pipe.transformer.is_cache_enabled
+    cached, plain = (trainers[name]._rollout.trajectory for name in ("cached", "plain"))
+    assert not torch.equal(cached.states[:, 0], plain.states[:, 0])  # the prefix took the short-cut
+    # The window's transitions are the model's own: replayed without any cache they have the same log-probs
+    assert logged(trainers["cached"], "ratio/on_policy_max_deviation")[0] < 1e-5
+    expected = trainers["plain"].evaluate(PROMPTS)["eval_reward"]
+    assert trainers["cached"].evaluate(PROMPTS)["eval_reward"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_errors_of_options_that_save_work(make):
+    with pytest.raises(ValueError, match="`reuse_rollout_graph=True` .* got steps_per_generation=2"):
+        make(reuse_rollout_graph=True)
+    with pytest.raises(ValueError, match="`replay_top_k` leaves out passes .* beta=0.1"):
+        make(replay_top_k=1, beta=0.1)
+    with pytest.raises(ValueError, match="`replay_top_k` must be 1 or more, or None, got 0"):
+        make(replay_top_k=0)
+    with pytest.raises(ValueError, match="`ode_cache` must have a 'name' among .*FirstBlockCacheConfig"):
+        make(ode_cache={"name": "SecondBlock"})
+    with pytest.raises(ValueError, match="`ode_cache=.*treshold"):
+        make(pipe=build_pipeline(), ode_cache={"name": "FirstBlockCacheConfig", "treshold": 1})
+
+
 # ---- Bad input ----
 
 
@@ -664,7 +777,10 @@ def test_a_reward_that_cannot_work_is_found_before_training(make):
     def broken(prompts, images, **columns):
         raise KeyError("weights")
 
-    for reward, message in ((missing, "`missing` returned 1 scores for 2"), (broken, "`broken` raised KeyError")):
+    for reward, message in (
+        (missing, "`missing` returned 1 scores for 2"),
+        (broken, "`broken` failed on two grey .* KeyError"),
+    ):
         trainer = make([redness, reward], pipe=build_pipeline())
         trainer.policy.encode = None  # nothing may be sampled
         with pytest.raises(RewardError, match=message):
@@ -723,6 +839,72 @@ def test_unscored_images_are_masked_and_counted(make):
     assert math.isfinite(logged(trainer, "reward")[0])
 
 
+def test_a_reward_that_raises_now_and_then_costs_its_images_alone(make):
+    calls = []
+
+    def moody(prompts, images, **columns):
+        calls.append(len(images))
+        if calls[1:] and (len(images) == 8 or calls[-2] == 8):  # the batch, and then its first image alone
+            raise ConnectionError("try later")
+        return redness(prompts, images)
+
+    trainer = make(moody, max_steps=2)
+    trainer.train()
+    assert calls == [2, 8] + [1] * 8
+    assert logged(trainer, "rewards/moody/failed") == [1.0]
+    assert trainer.state.global_step == 2 and trainer._rollout.advantages[0] == 0
+    assert (trainer._rollout.advantages[1:] != 0).all()
+
+
+def test_asynchronous_rewards_begin_while_the_next_prompt_is_sampled(make):
+    events = []
+
+    async def later(prompts, images, **columns):
+        events.append("asked")
+        return redness(prompts, images)
+
+    trainer = make([later, redness], max_steps=2, sample_batch_size=4)
+    decode = trainer.policy.decode
+
+    def decode_and_note(latents, batch_size=None):
+        events.append("decoded")
+        return decode(latents, batch_size)
+
+    trainer.policy.decode = decode_and_note
+    trainer.train()
+    assert events == ["asked", "decoded", "asked", "decoded", "asked"]  # the first is the trial before training
+    assert logged(trainer, "rewards/later/mean") == logged(trainer, "rewards/redness/mean")
+
+
+def test_models_of_rewards_move(make):
+    class Model:
+        places = []
+
+        def to(self, device):
+            self.places.append(str(device))
+
+        def __call__(self, prompts, images, **columns):
+            return redness(prompts, images)
+
+    make(Model(), max_steps=2).train()
+    assert Model.places == ["cpu"]
+    Model.places.clear()
+    make(Model(), pipe=build_pipeline(), max_steps=2, offload_rewards=True).train()
+    assert Model.places == ["cpu", "cpu"] * 2  # to the device and back: the trial, and one iteration
+
+
+def test_rewards_by_name(make, tmp_path):
+    (tmp_path / "mine.py").write_text("def greenness(prompts, images, **columns):\n    return [0.5] * len(images)\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        trainer = make(["jpeg_compressibility", "mine:greenness"], max_steps=2)
+    assert trainer.reward_names == ["jpeg_compressibility", "greenness"]
+    trainer.train()
+    assert logged(trainer, "rewards/jpeg_compressibility/mean")[0] < 0
+    with pytest.raises(ValueError, match="there is no reward 'hps'. Give one of hpsv2, pickscore"):
+        make("hps", pipe=build_pipeline())
+
+
 def test_too_many_failures_stop_the_run(make):
     def never(prompts, images, **columns):
         return [None] * len(images)
@@ -741,8 +923,8 @@ def test_errors_of_the_constructor(make, tmp_path, tiny_pipe):
         make(eval_dataset={"a": PROMPTS, "b": [{"text": "a"}]})
     with pytest.raises(ValueError, match="got 2 weights for 1 reward function"):
         make(reward_weights=[1.0, 2.0])
-    with pytest.raises(TypeError, match="`reward_funcs` must be callables"):
-        make(["hps"])
+    with pytest.raises(TypeError, match="`reward_funcs` must be"):
+        make([3])
     with pytest.raises(ValueError, match="`height` must be a positive multiple of 4 .*got 34. Use 32 or 36"):
         make(height=34)
     with pytest.raises(FileNotFoundError, match="'no/such/pipeline'.*there is no such folder"):

@@ -6,6 +6,7 @@ are taken by Gauss-Hermite quadrature, so most of these tests have no statistica
 and tolerances of 4.5 standard errors.
 """
 
+import contextlib
 import importlib.util
 import itertools
 import math
@@ -263,6 +264,8 @@ class LinearPolicy:
 
     def __init__(self, theta: torch.Tensor, start: int, size: int):
         self.flow, self.theta, self.window = theory.gaussian_2d(), theta, (start, size)
+
+    cached = staticmethod(contextlib.nullcontext)
 
     def prepare_scheduler(self, scheduler) -> None:
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 8, 8).tolist())

@@ -89,6 +89,19 @@ def compute_advantages(
     return advantages.float()
 
 
+def keep_extremes(advantages: torch.Tensor, k: int) -> torch.Tensor:
+    """
+    Advantages of shape `(P, G)` with all but the `k` highest and the `k` lowest of each group set to 0.
+
+    An approximation: the samples in between say least, and replaying only the extremes costs `2 * k / G` of the whole.
+    """
+    if 2 * k >= advantages.shape[-1]:
+        return advantages
+    order = advantages.argsort(dim=-1, stable=True)
+    extremes = torch.cat([order[..., :k], order[..., -k:]], dim=-1)
+    return torch.zeros_like(advantages).scatter(-1, extremes, advantages.gather(-1, extremes))
+
+
 def combine_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """
     The weighted sum of rewards of shape `(K, ...)` under `K` weights, NaN where one of non-zero weight is missing.

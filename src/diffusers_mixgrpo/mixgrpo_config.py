@@ -57,6 +57,10 @@ class MixGRPOConfig(TrainingArguments):
             once per prompt.
         sample_batch_size (`int`, *optional*):
             Images per forward pass while sampling. `None`: all of an iteration at once.
+        ode_cache (`dict`, *optional*):
+            One of diffusers' caches for the steps that are not trained, by the name of its configuration and the
+            arguments of that: `{"name": "FirstBlockCacheConfig", "threshold": 0.1}`. An approximation of the ODE; the
+            window, its log-probs, the replay and evaluations never see it.
         decode_batch_size (`int`, *optional*):
             Images decoded at once by the VAE. `None`: as `sample_batch_size`.
 
@@ -95,8 +99,15 @@ class MixGRPOConfig(TrainingArguments):
             Divide by the standard deviation within the `"group"`, over the whole `"batch"`, or not at all (`"none"`).
         advantage_clip (`float`, *optional*, defaults to 5.0):
             Advantages are limited to plus and minus this. TRL does not clip them.
+        reward_init_kwargs (`dict`, *optional*):
+            Arguments of rewards that the trainer is given by name: `{"hpsv2": {"version": "v2.0"}}`.
+        reward_timeout (`float`, *optional*):
+            Seconds that one call of a reward function may take before its images count as not scored.
+        offload_rewards (`bool`, defaults to `False`):
+            Keep reward models on the CPU while the policy samples and trains.
         max_reward_failure_rate (`float`, defaults to 0.5):
-            Stop when a reward could not score more than this share of an iteration's images.
+            Stop, with what was trained saved, when a reward could not score more than this share of an iteration's
+            images. Up to there such images are left out of their group.
 
         > Arguments of the objective
 
@@ -118,6 +129,13 @@ class MixGRPOConfig(TrainingArguments):
         beta (`float`, defaults to 0.0):
             Coefficient of the exact KL divergence of a window step from the reference model, also a mean over latent
             elements. The reference is the model without its LoRA, or a frozen copy in full fine-tuning. 0 needs none.
+        replay_top_k (`int`, *optional*):
+            Replay only the `k` highest and the `k` lowest advantages of each group. An approximation; `None` replays
+            all whose advantage is not 0.
+        reuse_rollout_graph (`bool`, defaults to `False`):
+            Keep the graph of the window's forward passes during the rollout, so that training costs a backward pass
+            only. The gradient is that of a replay. For one update per iteration (`steps_per_generation=1`,
+            `num_iterations=1`), and where memory holds the activations of all images and window steps at once.
         replay_batch_size (`int`, *optional*):
             Transitions (one image at one window step) per forward and backward pass in training. Gradients do not
             depend on it, memory does. `None`: all of a training batch at once.
@@ -149,7 +167,11 @@ class MixGRPOConfig(TrainingArguments):
         `ValueError`: If a value is out of its range or the batch arithmetic does not work out.
     """
 
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
+        "model_init_kwargs",
+        "reward_init_kwargs",
+        "ode_cache",
+    ]
 
     # Defaults that differ from TrainingArguments
     output_dir: str = field(default="mixgrpo", metadata={"help": "Where checkpoints, weights and pictures go."})
@@ -183,6 +205,12 @@ class MixGRPOConfig(TrainingArguments):
     suffix_ratio: float = field(default=1.0, metadata={"help": "Share of the steps after the window to run."})
     shared_noise: bool = field(default=True, metadata={"help": "All images of a prompt start from the same noise."})
     sample_batch_size: int | None = field(default=None, metadata={"help": "Images per pass while sampling."})
+    ode_cache: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'A cache of diffusers outside the window: {"name": "FirstBlockCacheConfig", "threshold": 0.1}.'
+        },
+    )
     decode_batch_size: int | None = field(default=None, metadata={"help": "Images decoded by the VAE at once."})
 
     # The window
@@ -207,6 +235,16 @@ class MixGRPOConfig(TrainingArguments):
     )
     scale_rewards: str = field(default="group", metadata={"help": "Scale rewards by the std of: group, batch, none."})
     advantage_clip: float | None = field(default=5.0, metadata={"help": "Limit of the advantages."})
+    reward_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Arguments of rewards given by name, as JSON: {"hpsv2": {"version": "v2.0"}}.'},
+    )
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds that one call of a reward may take."}
+    )
+    offload_rewards: bool = field(
+        default=False, metadata={"help": "Keep reward models on the CPU between iterations."}
+    )
     max_reward_failure_rate: float = field(
         default=0.5, metadata={"help": "Stop when a reward fails on more than this share of an iteration's images."}
     )
@@ -221,6 +259,12 @@ class MixGRPOConfig(TrainingArguments):
     )
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range; epsilon if not set."})
     beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL divergence from the reference model."})
+    replay_top_k: int | None = field(
+        default=None, metadata={"help": "Replay only the k highest and k lowest advantages of each group."}
+    )
+    reuse_rollout_graph: bool = field(
+        default=False, metadata={"help": "Train on the rollout's own graph: one update per iteration, no replay."}
+    )
     replay_batch_size: int | None = field(default=None, metadata={"help": "Transitions per pass in training."})
 
     # Data, evaluation and logging
@@ -296,16 +340,28 @@ class MixGRPOConfig(TrainingArguments):
         for name in ("num_inference_steps", "steps_per_generation", "num_iterations", "num_logged_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
-        for name in ("sample_batch_size", "decode_batch_size", "replay_batch_size", "eval_num_inference_steps"):
+        for name in (
+            "sample_batch_size",
+            "decode_batch_size",
+            "replay_batch_size",
+            "eval_num_inference_steps",
+            "replay_top_k",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, or None, got {getattr(self, name)}.")
-        for name in ("epsilon", "epsilon_high", "advantage_clip", "shift", "logging_images_steps"):
+        for name in ("epsilon", "epsilon_high", "advantage_clip", "shift", "logging_images_steps", "reward_timeout"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}.")
         if not self.beta >= 0:
             raise ValueError(f"`beta` must be 0 or more, got {self.beta}.")
         if not 0 <= self.max_reward_failure_rate <= 1:
             raise ValueError(f"`max_reward_failure_rate` must be from 0 to 1, got {self.max_reward_failure_rate}.")
+        if self.beta > 0 and (self.replay_top_k is not None or self.reuse_rollout_graph):
+            name = "replay_top_k" if self.replay_top_k is not None else "reuse_rollout_graph"
+            raise ValueError(
+                f"`{name}` leaves out passes that the KL term of beta={self.beta} needs. Use beta=0, or leave "
+                f"`{name}` at its default."
+            )
         if self.remove_unused_columns:
             raise ValueError(
                 "`remove_unused_columns=True` would take away 'prompt' and the columns that reward functions need. "
@@ -340,6 +396,12 @@ class MixGRPOConfig(TrainingArguments):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}: an optimizer step would mix two "
                 f"iterations. Use gradient_accumulation_steps={self.batches_per_iteration} for one optimizer step per "
                 "iteration, or another divisor."
+            )
+        if self.reuse_rollout_graph and self.batches_per_iteration > 1:
+            raise ValueError(
+                "`reuse_rollout_graph=True` trains on the graph of the rollout, which holds for one update per "
+                f"iteration: got steps_per_generation={self.steps_per_generation} and num_iterations="
+                f"{self.num_iterations}. Set both to 1, and per_device_train_batch_size={images} for as many images."
             )
         steps = self.optimizer_steps_per_iteration
         if self.max_steps > 0 and self.max_steps % steps:

@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import gather_object
 from diffusers import FluxPipeline
 from peft import PeftConfig
 from PIL import Image
@@ -22,8 +20,9 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
-from .advantages import combine_rewards, compute_advantages, normalize_weights, scored_std
+from .advantages import combine_rewards, compute_advantages, keep_extremes, normalize_weights, scored_std
 from .iteration_callback import IterationCallback
+from .iteration_draws import draw_order, draw_seeds, draw_steps
 from .kernels import gaussian_kl
 from .mixgrpo_config import MixGRPOConfig
 from .model_card import mixgrpo_model_card
@@ -31,6 +30,7 @@ from .policies import FluxPolicy
 from .prepare_pipeline import (
     LORA_WEIGHTS_NAME,
     load_pipeline,
+    make_cache,
     prepare_pipeline,
     reload_lora,
     rename_gradient_checkpointing,
@@ -38,7 +38,8 @@ from .prepare_pipeline import (
 )
 from .progress_callback import RewardProgressCallback
 from .prompt_sampler import PromptSampler, check_dataset
-from .reward_calls import RewardError, RewardFunc, call_reward, check_failures, reward_names, reward_statistics
+from .reward_calls import RewardError, RewardFunc, RewardRunner, check_failures, reward_statistics
+from .rewards import load_reward
 from .rollout import Trajectory, all_transitions, replay_log_probs, sample_trajectories
 from .sample_grid import save_sample_grid
 from .scheduling_mixed_ode_sde import MixedODESDEScheduler
@@ -73,10 +74,12 @@ class MixGRPOTrainer(Trainer):
         model ([`~diffusers.FluxPipeline`] or `str` or `os.PathLike`):
             The pipeline, or the folder or Hub repository to load it from. Its transformer is trained in place; its
             other parts are frozen.
-        reward_funcs (callable or `list` of callables):
+        reward_funcs (callable or `str`, or a `list` of these):
             `reward(prompts, images, **columns) -> list[float | None]`, called once per iteration with all images (PIL)
             and the further columns of the data set, one entry per image. `None` says that an image could not be
-            scored: it is left out of its group. The name in the logs is the function's `__name__`.
+            scored: it is left out of its group. An `async` one is called as soon as there are images, and works while
+            the next are sampled. The name in the logs is the function's `__name__`. A `str` is a name, a path or a
+            Hub id as [`~rewards.load_reward`] takes it.
         args ([`MixGRPOConfig`], *optional*):
             The configuration.
         train_dataset (`datasets.Dataset` or any sized, indexable collection of `dict`):
@@ -121,7 +124,7 @@ class MixGRPOTrainer(Trainer):
     def __init__(
         self,
         model: FluxPipeline | str | os.PathLike,
-        reward_funcs: RewardFunc | list[RewardFunc],
+        reward_funcs: RewardFunc | str | list[RewardFunc | str],
         args: MixGRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -136,9 +139,12 @@ class MixGRPOTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, which torch's DataParallel would share. Start one "
                 "process per GPU (`accelerate launch script.py`), or set CUDA_VISIBLE_DEVICES to one of them."
             )
-        self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-        self.reward_names = reward_names(self.reward_funcs)
-        self.reward_weights = normalize_weights(args.reward_weights, len(self.reward_funcs))
+        funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        self.reward_weights = normalize_weights(args.reward_weights, len(funcs))
+        kwargs = args.reward_init_kwargs if isinstance(args.reward_init_kwargs, dict) else {}
+        self.reward_funcs = [load_reward(f, **kwargs.get(f, {})) if isinstance(f, str) else f for f in funcs]
+        self.rewards = RewardRunner(self.reward_funcs, args.reward_timeout, args.device, args.offload_rewards)
+        self.reward_names = self.rewards.names
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
                 check_dataset(name, part)
@@ -151,6 +157,7 @@ class MixGRPOTrainer(Trainer):
         self.policy = FluxPolicy(self.pipe, *sampling)
         self.eval_policy = copy.copy(self.policy)
         self.eval_policy.num_inference_steps = args.eval_num_inference_steps or args.num_inference_steps
+        self.policy.ode_cache = make_cache(args.ode_cache)
         self.window_schedule = args.window_schedule()
         self.noise_scheduler = self._make_scheduler(args)
         set_seed(args.seed)  # the Trainer's own comes after the LoRA has drawn its weights
@@ -179,6 +186,11 @@ class MixGRPOTrainer(Trainer):
         # As in the Trainer: the loss has been divided by the accumulation steps, and DeepSpeed must not do so again.
         self._backward_kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self._sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if args.reuse_rollout_graph and self._sharded:
+            raise ValueError(
+                "`reuse_rollout_graph=True` cannot work with FSDP or DeepSpeed, which gather the weights anew for "
+                "each forward pass. Leave it False, or train without sharding."
+            )
         # An image without an advantage has no gradient and need not be replayed. Sharded models gather their weights
         # in each forward pass, so there all ranks must run equally many.
         self._skip_zero_advantages = args.beta == 0 and not self._sharded
@@ -188,6 +200,7 @@ class MixGRPOTrainer(Trainer):
         self.prompt_sampler: PromptSampler | None = None
         self._metrics: dict[str, list[float | torch.Tensor]] = defaultdict(list)
         self._seconds: dict[str, float] = defaultdict(float)
+        self._phases: list[str] = []
 
     # ---- Data ----
 
@@ -228,6 +241,8 @@ class MixGRPOTrainer(Trainer):
             self._try_rewards()
         self.noise_scheduler = self._make_scheduler(self.args)  # an interrupted run may have left it in mid-rollout
         self._rollout, self._batches_done = None, None
+        self._phases.clear()
+        self.rewards.clear()
         self.first_step, self.saved_step = self.state.global_step, None
         self._metrics.clear()
         self._seconds.clear()
@@ -279,15 +294,23 @@ class MixGRPOTrainer(Trainer):
             kept = kept if len(kept) else torch.zeros(1, dtype=torch.long)
             images, steps = images[kept], steps[kept]
         size = self.args.replay_batch_size or len(images)
+        if self.args.reuse_rollout_graph:
+            size = len(images)  # the graph is there already, and going through it in parts would cost more
         total = torch.zeros((), device=self.args.device)
         for start in range(0, len(images), size):
             is_last = start + size >= len(images)
-            with contextlib.nullcontext() if is_last else self._no_gradient_sync(model):
+            synchronises = is_last and not self.args.reuse_rollout_graph
+            with contextlib.nullcontext() if synchronises else self._no_gradient_sync(model):
                 batch = slice(start, start + size)
                 losses = self._compute_losses(model, images[batch], steps[batch], on_policy)
                 loss = losses.sum() / (count * self.current_gradient_accumulation_steps)
                 self.accelerator.backward(loss, **self._backward_kwargs)
             total += loss.detach()
+        if self.args.reuse_rollout_graph and self.accelerator.num_processes > 1:
+            # The rollout went round DDP, so its hooks do not know of this backward pass.
+            for parameter in self.pipe.transformer.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         return total
 
     def _compute_losses(
@@ -299,13 +322,18 @@ class MixGRPOTrainer(Trainer):
         device = rollout.trajectory.states.device
         advantages = rollout.advantages[images].to(device)
         images, steps = images.to(device), steps.to(device)
-        replay = replay_log_probs(
-            self.policy, self.noise_scheduler, rollout.trajectory, rollout.conditioning, images, steps, model
-        )
-        ratio = torch.exp(replay.log_probs - rollout.trajectory.log_probs[images, steps])
+        old, replay = rollout.trajectory.log_probs.detach()[images, steps], None
+        if args.reuse_rollout_graph:
+            new = rollout.trajectory.log_probs[images, steps]
+        else:
+            replay = replay_log_probs(
+                self.policy, self.noise_scheduler, rollout.trajectory, rollout.conditioning, images, steps, model
+            )
+            new = replay.log_probs
+        ratio = torch.exp(new - old)
         low, high = 1 - args.epsilon, 1 + (args.epsilon if args.epsilon_high is None else args.epsilon_high)
         losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
-        if rollout.reference_means is not None:
+        if rollout.reference_means is not None and replay is not None:
             kl = gaussian_kl(replay.means, rollout.reference_means[images, steps], replay.stds)
             losses = losses + args.beta * kl
             self._metrics["kl"].append(kl.detach().mean())
@@ -342,11 +370,17 @@ class MixGRPOTrainer(Trainer):
     def _generate_rollout(self, inputs: list[dict[str, Any]], iteration: int) -> _Rollout:
         """Sample, score and compare the images of one iteration: all that is random is a function of its number."""
         args, group = self.args, self.args.num_generations
-        prompts = [row["prompt"] for row in inputs]
+        rows, images = [row for row in inputs for _ in range(group)], []
         self.noise_scheduler.set_window(*self.window_schedule.schedule(iteration))
+
+        def take_in(batch: slice, latents: torch.Tensor) -> None:
+            with self._phase("decoding"), torch.autocast(args.device.type, enabled=False):
+                images.extend(self.policy.decode(latents, args.decode_batch_size or args.sample_batch_size))
+            self.rewards.start(rows[batch], images[batch])
+
         with self._phase("sampling"):
-            conditioning = self.policy.encode(prompts)
-            seeds = self._seeds(iteration, "latents", len(prompts) * (1 if args.shared_noise else group))
+            conditioning = self.policy.encode([row["prompt"] for row in inputs])
+            seeds = self._seeds(iteration, "latents", len(inputs) * (1 if args.shared_noise else group))
             with self.accelerator.autocast():
                 trajectory = sample_trajectories(
                     self.policy,
@@ -354,17 +388,16 @@ class MixGRPOTrainer(Trainer):
                     conditioning,
                     self.policy.initial_latents(seeds).float(),  # states in float32: rounding would be noise in ratios
                     num_generations=group,
-                    generator=torch.Generator(self.policy.device).manual_seed(self._seeds(iteration, "sde", 1)[0]),
+                    generator=torch.Generator(self.policy.device).manual_seed(self._seeds(iteration, "sde")[0]),
                     batch_size=args.sample_batch_size,
                     transformer=self._inference_model,
+                    on_batch=take_in,
+                    keep_graph=args.reuse_rollout_graph,
                 )
-                steps = self._draw_steps(iteration, trajectory.window_size)
+                steps = draw_steps(args.seed, iteration, trajectory.window_size, args.window_train_fraction)
                 reference_means = self._reference_means(trajectory, conditioning, steps) if args.beta > 0 else None
-        with self._phase("decoding"):
-            images = self.policy.decode(trajectory.latents, args.decode_batch_size or args.sample_batch_size)
         with self._phase("reward"):
-            rows = [row for row in inputs for _ in range(group)]
-            local_rewards = self._calculate_rewards(rows, images).unflatten(1, (-1, group))
+            local_rewards = self.rewards.finish().unflatten(1, (-1, group))
         # Advantages need their own group alone; the metrics, and rewards scaled by the batch, need all devices.
         rewards = self._gather(local_rewards.movedim(1, 0)).movedim(0, 1)
         advantages = compute_advantages(
@@ -372,25 +405,16 @@ class MixGRPOTrainer(Trainer):
         )
         self._log_rollout(rewards, advantages, trajectory, iteration)
         self._log_images(rows, images, local_rewards.flatten(1))
-        check_failures(rewards, self.reward_names, args.max_reward_failure_rate, iteration)
-        own_advantages = advantages.chunk(self.accelerator.num_processes)[self.accelerator.process_index].flatten()
-        generator = torch.Generator().manual_seed(self._seeds(iteration, "order", 1)[0])
-        order = torch.randperm(len(images), generator=generator)
-        return _Rollout(trajectory, conditioning, own_advantages, order, steps, reference_means)
+        errors = self.rewards.all_errors() if bool(rewards.isnan().any()) else {}
+        check_failures(rewards, self.reward_names, args.max_reward_failure_rate, errors, iteration)
+        own = advantages.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+        if args.replay_top_k is not None:
+            own = keep_extremes(own, args.replay_top_k)
+        order = draw_order(self._seeds(iteration, "order")[0], own.flatten(), args.per_device_train_batch_size)
+        return _Rollout(trajectory, conditioning, own.flatten(), order, steps, reference_means)
 
-    def _seeds(self, iteration: int, purpose: str, count: int) -> list[int]:
-        """`count` seeds: a function of the run's seed, the iteration, the purpose and the rank, and of no state."""
-        stream = ("latents", "sde", "order").index(purpose)
-        entropy = (self.args.seed, iteration, stream, self.accelerator.process_index)
-        return [int(seed) for seed in np.random.SeedSequence(entropy).generate_state(count, np.uint64) >> 1]
-
-    def _draw_steps(self, iteration: int, window_size: int) -> torch.Tensor:
-        """The window's steps to train in this iteration, the same on all ranks."""
-        if self.args.window_train_fraction == 1:
-            return torch.arange(window_size)
-        count = max(1, int(self.args.window_train_fraction * window_size))
-        generator = np.random.default_rng((self.args.seed, iteration))
-        return torch.from_numpy(np.sort(generator.permutation(window_size)[:count]))
+    def _seeds(self, iteration: int, stream: str, count: int = 1) -> list[int]:
+        return draw_seeds(self.args.seed, iteration, stream, self.accelerator.process_index, count)
 
     @torch.no_grad()
     def _reference_means(self, trajectory: Trajectory, conditioning: Any, steps: torch.Tensor) -> torch.Tensor:
@@ -425,35 +449,13 @@ class MixGRPOTrainer(Trainer):
 
     # ---- Rewards ----
 
-    def _calculate_rewards(self, rows: Sequence[dict[str, Any]], images: Sequence[Any]) -> torch.Tensor:
-        """Scores of `n` images, one data set row each: `(number of rewards, n)` float64, NaN where there is none."""
-        prompts = [row["prompt"] for row in rows]
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        scores, error = [], None
-        for func, name in zip(self.reward_funcs, self.reward_names, strict=True):
-            try:
-                scores.append(call_reward(func, name, prompts, images, columns))
-            except RewardError as reward_error:
-                error = reward_error
-                break
-        self._raise_on_all_ranks(error)
-        return torch.tensor(scores, dtype=torch.float64)
-
-    def _raise_on_all_ranks(self, error: RewardError | None) -> None:
-        # If only one rank left the loop, the others would wait for it until they are killed, and nothing be saved.
-        if self.accelerator.num_processes > 1:
-            messages = [message for message in gather_object([None if error is None else str(error)]) if message]
-            if messages and error is None:
-                error = RewardError(messages[0])
-        if error is not None:
-            raise error
-
     def _try_rewards(self) -> None:
         """Call each reward on two grey pictures, so that one that cannot work says so now and not after a rollout."""
         dataset: Any = self.train_dataset
         rows = [dict(dataset[i % len(dataset)]) for i in range(2)]
         size = (self.policy.width, self.policy.height)
-        self._calculate_rewards(rows, [Image.new("RGB", size, "gray") for _ in rows])
+        self.rewards.start(rows, [Image.new("RGB", size, "gray") for _ in rows])
+        check_failures(self.rewards.finish(), self.reward_names, limit=None, errors=self.rewards.errors)
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The rows of all ranks, on the CPU."""
@@ -504,7 +506,8 @@ class MixGRPOTrainer(Trainer):
             rows = [dict(dataset[i]) for i in indices[start : start + size]]
             seeds = [self.args.eval_seed + i for i in indices[start : start + size]]
             images = self.sample_images([row["prompt"] for row in rows], seeds)
-            rewards.append(self._calculate_rewards(rows, images))
+            self.rewards.start(rows, images)
+            rewards.append(self.rewards.finish())
         return self._gather(torch.cat(rewards, dim=1).movedim(1, 0)).movedim(0, 1)[:, :count]
 
     @torch.no_grad()
@@ -597,12 +600,16 @@ class MixGRPOTrainer(Trainer):
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to `time/<name>`, once the device has done its work."""
+        """Add the time spent inside to `time/<name>`, and to no phase around it, once the device has done its work."""
         start = time.perf_counter()
+        self._phases.append(name)
         yield
         if self.args.device.type == "cuda":
             torch.cuda.synchronize(self.args.device)
-        self._seconds[name] += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._seconds[self._phases.pop()] += seconds
+        if self._phases:
+            self._seconds[self._phases[-1]] -= seconds
 
     # ---- Saving and loading ----
 

@@ -5,6 +5,7 @@ import functools
 import os
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import FluxPipeline
 from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -85,6 +86,28 @@ def _prepare_adapter(transformer: Any, peft_config: PeftConfig | None) -> tuple[
         )
     transformer.set_adapter(active[0])  # also makes its weights trainable
     return True, active[0]
+
+
+def make_cache(settings: dict[str, Any] | str | None) -> Any:
+    """
+    A cache configuration of diffusers, of its class's `name` and its arguments.
+
+    Raises:
+        `ValueError`: If there is no such class, or it does not take these arguments.
+    """
+    if not isinstance(settings, dict):
+        return None
+    kwargs = {key: value for key, value in settings.items() if key != "name"}
+    names = [name for name in dir(diffusers) if name.endswith("CacheConfig")]
+    if settings.get("name") not in names:
+        raise ValueError(
+            f"`ode_cache` must have a 'name' among {', '.join(names)}, got {settings}. For example "
+            '{"name": "FirstBlockCacheConfig", "threshold": 0.1}.'
+        )
+    try:
+        return getattr(diffusers, settings["name"])(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"`ode_cache={settings}`: {error}.") from error
 
 
 def save_lora(

@@ -8,7 +8,7 @@ Shapes: `P` prompts, `G` images of each, `B = P * G` images ordered prompt by pr
 `N` transitions, `...` the shape of one image's latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,8 @@ class Trajectory:
 
     Args:
         states (`torch.Tensor` of shape `(B, w + 1, ...)`): Latents before each window step and after the last.
-        log_probs (`torch.Tensor` of shape `(B, w)`): Log-probability of each window step when it was sampled, float32.
+        log_probs (`torch.Tensor` of shape `(B, w)`): Log-probability of each window step when it was sampled, float32;
+            differentiable if the rollout kept its graph.
         step_indices (`torch.LongTensor` of shape `(w,)`): The window's steps in the schedule that was run.
         timesteps (`torch.Tensor` of shape `(w,)`): Their timesteps, `sigma * 1000`.
         prompt_indices (`torch.LongTensor` of shape `(B,)`): Row of each image in the conditioning.
@@ -90,6 +91,8 @@ def sample_trajectories(
     generator: torch.Generator | None = None,
     batch_size: int | None = None,
     transformer: torch.nn.Module | None = None,
+    on_batch: Callable[[slice, torch.Tensor], None] | None = None,
+    keep_graph: bool = False,
 ) -> Trajectory:
     """
     Sample `G` images of each of `P` prompts, stochastic inside the scheduler's window and deterministic outside.
@@ -115,6 +118,12 @@ def sample_trajectories(
             in parts, each of which computes the shared prefix.
         transformer (`torch.nn.Module`, *optional*):
             What the policy calls in place of its own transformer.
+        on_batch (`Callable`, *optional*):
+            Called as `on_batch(images, latents)` after each batch, with the slice of its images and their denoised
+            latents of shape `(n, ...)`: to decode and score them while others are still to be sampled.
+        keep_graph (`bool`, defaults to `False`):
+            Keep the graph of the window's forward passes, so that the trajectory's log-probs are those of a replay
+            that one can go backward through. It holds the activations of all images and window steps.
 
     Returns:
         [`Trajectory`] of `P * G` images.
@@ -145,9 +154,14 @@ def sample_trajectories(
             rows = rows[:: min(count, num_generations)]  # one row per prompt of the batch
         start = latents[rows if shared else images]
         policy.prepare_scheduler(scheduler)
-        parts.append(_sample_batch(policy, scheduler, conditioning[rows], start, noise[images], transformer))
+        parts.append(
+            _sample_batch(policy, scheduler, conditioning[rows], start, noise[images], transformer, keep_graph)
+        )
+        if on_batch is not None:
+            on_batch(images, parts[-1][-1])
         passes += window.start * len(rows) + (num_steps - window.start) * count
-    states, log_probs, denoised = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    with torch.set_grad_enabled(keep_graph):
+        states, log_probs, denoised = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Trajectory(
         states=states,
         log_probs=log_probs,
@@ -178,6 +192,7 @@ def _sample_batch(
     latents: torch.Tensor,
     noise: torch.Tensor,
     transformer: torch.nn.Module | None,
+    keep_graph: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Prefix, window and suffix of `n` images: window states `(n, w + 1, ...)`, log-probs `(n, w)`, latents `(n, ...)`.
@@ -187,13 +202,16 @@ def _sample_batch(
     """
     window, timesteps = scheduler.window, scheduler.timesteps
 
-    def step(index: int, variance_noise: torch.Tensor | None = None) -> Any:
-        velocity = policy.velocity(latents, timesteps[index], conditioning, transformer)
-        return scheduler.step(velocity, timesteps[index], latents, variance_noise=variance_noise)
+    def ode_steps(latents: torch.Tensor, steps: range) -> torch.Tensor:
+        with policy.cached():
+            for index in steps:
+                velocity = policy.velocity(latents, timesteps[index], conditioning, transformer)
+                output: Any = scheduler.step(velocity, timesteps[index], latents)
+                latents = output.prev_sample
+        return latents
 
     # 1. The prefix, once for all that share it
-    for index in range(window.start):
-        latents = step(index).prev_sample
+    latents = ode_steps(latents, range(window.start))
     repeats = noise.shape[0] // latents.shape[0]
     if repeats > 1:
         latents = latents.repeat_interleave(repeats, dim=0)
@@ -201,16 +219,23 @@ def _sample_batch(
         scheduler.repeat_history(repeats)
     # 2. The window, where the images of a group part ways
     states, log_probs = [latents], []
+    if keep_graph:
+        torch.clear_autocast_cache()  # the prefix has filled it with copies of the weights that no gradient reaches
     for offset, index in enumerate(window):
-        output = step(index, noise[:, offset])
+        with torch.set_grad_enabled(keep_graph):
+            velocity = policy.velocity(latents, timesteps[index], conditioning, transformer)
+            output: Any = scheduler.step(velocity.detach(), timesteps[index], latents, variance_noise=noise[:, offset])
+            log_prob = output.log_prob
+            if keep_graph:
+                log_prob = scheduler.log_prob(velocity, latents, output.prev_sample, index)
         latents = output.prev_sample
         states.append(latents)
-        log_probs.append(output.log_prob)
+        log_probs.append(log_prob)
     # 3. The suffix
-    for index in range(window.stop, len(timesteps)):
-        latents = step(index).prev_sample
+    latents = ode_steps(latents, range(window.stop, len(timesteps)))
     no_steps = torch.empty(latents.shape[0], 0, device=latents.device)
-    return torch.stack(states, dim=1), torch.stack(log_probs, dim=1) if log_probs else no_steps, latents
+    with torch.set_grad_enabled(keep_graph):
+        return torch.stack(states, dim=1), torch.stack(log_probs, dim=1) if log_probs else no_steps, latents
 
 
 def replay_log_probs(

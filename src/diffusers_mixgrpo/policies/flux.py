@@ -6,8 +6,9 @@ rollout without noise is the stock pipeline's picture bit for bit.
 Shapes: `B` images, `S` text tokens, `L` image tokens (packed 2x2 latent patches), `C` channels of a packed token.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,10 @@ class FluxPolicy:
         max_sequence_length (`int`, defaults to 512):
             Number of T5 tokens that a prompt is padded or cut to.
 
+    Attributes:
+        ode_cache (a cache configuration of diffusers, *optional*):
+            Taken inside [`cached`], where a rollout takes its deterministic steps.
+
     Raises:
         `TypeError`: If `pipe` is not a `FluxPipeline`.
         `ValueError`: If the pipeline's scheduler does not take a flow velocity as the prediction, or an argument is
@@ -126,6 +131,7 @@ class FluxPolicy:
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
+        self.ode_cache: Any = None
         self._cached_image_ids: torch.Tensor | None = None
 
     @property
@@ -232,6 +238,18 @@ class FluxPolicy:
                 return_dict=False,
             )[0]
         return velocity.to(latents.dtype)
+
+    @contextlib.contextmanager
+    def cached(self) -> Iterator[None]:
+        """Switch the cache `ode_cache` on, with nothing in it, and off again."""
+        if self.ode_cache is None:
+            yield
+            return
+        self.pipe.transformer.enable_cache(self.ode_cache)
+        try:
+            yield
+        finally:
+            self.pipe.transformer.disable_cache()
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, batch_size: int | None = None) -> list[Any]:
