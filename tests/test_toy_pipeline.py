@@ -63,7 +63,7 @@ def test_every_word_is_known(pipe):
 def test_it_follows_held_out_prompts_often_but_not_always(pipe):
     prompts = toy.prompts("test", 128)
     scores = toy.toy_reward(prompts, pictures(pipe, prompts))
-    assert 0.4 < np.mean(scores) < 0.85
+    assert 0.5 < np.mean(scores) < 0.8
     shuffled = random.Random(0).sample(prompts, len(prompts))
     assert np.mean(toy.toy_reward(shuffled, pictures(pipe, prompts))) < 0.5 * np.mean(scores)
 
@@ -73,7 +73,7 @@ def test_defaults_are_right_for_a_plain_call(pipe):
     prompts = toy.prompts("test", 32)
     images = pipe(prompts, num_inference_steps=10, generator=torch.Generator().manual_seed(0)).images
     assert images[0].size == (64, 64)
-    assert np.mean(toy.toy_reward(prompts, images)) > 0.35
+    assert np.mean(toy.toy_reward(prompts, images)) > 0.45
 
 
 def test_the_vae_keeps_what_the_reward_sees(pipe):
@@ -83,8 +83,8 @@ def test_the_vae_keeps_what_the_reward_sees(pipe):
     with torch.no_grad():
         decoded = pipe.vae.decode(pipe.vae.encode(batch).latent_dist.mean).sample
     back = pipe.image_processor.postprocess(decoded)
-    assert np.mean(toy.toy_reward(prompts, back)) > 0.9
-    assert 10 * np.log10(4 / (decoded - batch).square().mean().item()) > 26  # PSNR in dB
+    assert np.mean(toy.toy_reward(prompts, back)) > 0.97
+    assert 10 * np.log10(4 / (decoded - batch).square().mean().item()) > 32  # PSNR in dB
 
 
 def test_it_runs_with_the_mixed_scheduler(pipe):
