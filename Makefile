@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all quality clean
+.PHONY: demo test test-all quality docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train_flux_mixgrpo.py $(ARGS)
@@ -19,6 +19,10 @@ quality: $(VENV)/.quality
 	$(BIN)/ruff check src examples tests
 	$(BIN)/ruff format --check src examples tests
 	$(BIN)/mypy
+
+# The figures of docs/theory.md and docs/windows.md; those of the other pages come from the commands that these name.
+docs: $(VENV)/.installed
+	$(BIN)/python examples/theory_plots.py --output docs/images
 
 # torch is installed first and by its exact version, so that nothing pulls in another build of it.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt

@@ -44,6 +44,7 @@ class ScriptArguments:
     )
     lora_rank: int = field(default=64, metadata={"help": "Rank of the LoRA; 0 trains all weights."})
     lora_alpha: int = field(default=128, metadata={"help": "Scale of the LoRA."})
+    dry_run: bool = field(default=False, metadata={"help": "Only tell what the run will do and cost, and stop."})
 
 
 def main():
@@ -67,6 +68,10 @@ def main():
         eval_dataset=eval_dataset,
         peft_config=peft_config,
     )
+
+    if script.dry_run:
+        print(trainer.preflight())
+        return
 
     # 3. Train, between two evaluations on prompts that training does not see
     shown = [row["prompt"] for row in eval_dataset.select(range(min(8, len(eval_dataset))))] if eval_dataset else []

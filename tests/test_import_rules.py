@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "rollout": {"kernels", "scheduling_mixed_ode_sde"},
     "reward_calls": {"advantages"},
     "mixgrpo_config": {"advantages", "presets", "window_schedule"},
-    "prepare_pipeline": {"mixgrpo_config", "policies"},
+    "prepare_pipeline": {"mixgrpo_config", "policies", "scheduling_mixed_ode_sde"},
+    "preflight": {"advantages", "iteration_draws", "prompt_sampler", "rollout", "scheduling_mixed_ode_sde"},
 }
 MAY_IMPORT_TRL = {"mixgrpo_trainer", "mixgrpo_config"}
 

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, RewardError
+from diffusers_mixgrpo.prepare_pipeline import make_scheduler
 
 
 PROMPTS = [{"prompt": text, "tag": i} for i, text in enumerate(["a cat", "two dogs", "sea", "red", "blue tree"])]
@@ -425,7 +426,7 @@ def test_a_static_shift(make):
     trainer = make(shift=2.0)
     trainer.policy.prepare_scheduler(trainer.noise_scheduler)
     assert trainer.noise_scheduler.sigmas[1].item() == pytest.approx(2 * 0.8 / (1 + 0.8), rel=1e-6)
-    scheduler = trainer._make_scheduler(trainer.args, evaluation=True)
+    scheduler = make_scheduler(trainer.pipe, trainer.args, evaluation=True)
     trainer.policy.prepare_scheduler(scheduler)
     assert torch.equal(scheduler.sigmas, trainer.noise_scheduler.sigmas)
     assert trainer.pipe.scheduler.config.use_dynamic_shifting  # the pipeline keeps its own

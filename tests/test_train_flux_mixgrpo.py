@@ -115,6 +115,15 @@ def test_mistakes_are_named(main, workplace, pipeline_folder, flags, said):
     assert not (workplace / "out" / "summary.json").exists()
 
 
+def test_a_dry_run_tells_and_stops(main, workplace, pipeline_folder, capsys):
+    flags = "--reward_funcs my_rewards:redness --dataset_name prompts.txt --num_eval_prompts 0 --dry_run"
+    main(workplace, f"--pretrained_model_name_or_path {pipeline_folder} --output_dir out {SMALL} {flags}")
+    told = capsys.readouterr().out
+    assert "8 images of 2 prompts per device, 2 optimizer steps per iteration" in told
+    assert "ratio" in told and "Memory" in told
+    assert not (workplace / "out" / "pytorch_lora_weights.safetensors").exists()
+
+
 def test_a_missing_pipeline_is_named(main, workplace):
     flags = f"--reward_funcs my_rewards:redness --dataset_name prompts.txt --output_dir out {SMALL}"
     with pytest.raises(FileNotFoundError, match="gone/at/all"):

@@ -6,7 +6,9 @@ from .kernels import gaussian_kl, gaussian_log_prob
 from .mixgrpo_config import MixGRPOConfig
 from .mixgrpo_trainer import MixGRPOTrainer
 from .policies import FluxPolicy
+from .preflight import PreflightReport
 from .reward_calls import RewardError
+from .rewards import load_reward
 from .rollout import Trajectory, replay_log_probs, sample_trajectories
 from .scheduling_mixed_ode_sde import MixedODESDEScheduler, MixedODESDESchedulerOutput
 from .window_schedule import WindowSchedule
@@ -21,12 +23,14 @@ __all__ = [
     "MixGRPOTrainer",
     "MixedODESDEScheduler",
     "MixedODESDESchedulerOutput",
+    "PreflightReport",
     "RewardError",
     "Trajectory",
     "WindowSchedule",
     "compute_advantages",
     "gaussian_kl",
     "gaussian_log_prob",
+    "load_reward",
     "replay_log_probs",
     "sample_trajectories",
 ]

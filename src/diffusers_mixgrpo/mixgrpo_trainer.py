@@ -27,10 +27,12 @@ from .kernels import gaussian_kl
 from .mixgrpo_config import MixGRPOConfig
 from .model_card import mixgrpo_model_card
 from .policies import FluxPolicy
+from .preflight import PreflightReport, preflight
 from .prepare_pipeline import (
     LORA_WEIGHTS_NAME,
     load_pipeline,
     make_cache,
+    make_scheduler,
     prepare_pipeline,
     reload_lora,
     rename_gradient_checkpointing,
@@ -42,7 +44,6 @@ from .reward_calls import RewardError, RewardFunc, RewardRunner, check_failures,
 from .rewards import load_reward
 from .rollout import Trajectory, all_transitions, replay_log_probs, sample_trajectories
 from .sample_grid import save_sample_grid
-from .scheduling_mixed_ode_sde import MixedODESDEScheduler
 
 
 logger = logging.get_logger(__name__)
@@ -159,7 +160,7 @@ class MixGRPOTrainer(Trainer):
         self.eval_policy.num_inference_steps = args.eval_num_inference_steps or args.num_inference_steps
         self.policy.ode_cache = make_cache(args.ode_cache)
         self.window_schedule = args.window_schedule()
-        self.noise_scheduler = self._make_scheduler(args)
+        self.noise_scheduler = make_scheduler(self.pipe, args)
         set_seed(args.seed)  # the Trainer's own comes after the LoRA has drawn its weights
         self.is_lora, self.adapter_name = prepare_pipeline(self.pipe, peft_config, args)
         self.reference = None
@@ -230,6 +231,10 @@ class MixGRPOTrainer(Trainer):
 
     # ---- Training ----
 
+    def preflight(self) -> PreflightReport:
+        """What the run will do and cost, measured on its first iteration and without a trace: see [`preflight`]."""
+        return preflight(self)
+
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -239,7 +244,8 @@ class MixGRPOTrainer(Trainer):
         # Overridden to try the rewards first, and to lose nothing when training ends with an error.
         if self.train_dataset is not None:
             self._try_rewards()
-        self.noise_scheduler = self._make_scheduler(self.args)  # an interrupted run may have left it in mid-rollout
+        # Anew, as an interrupted run may have left it in mid-rollout
+        self.noise_scheduler = make_scheduler(self.pipe, self.args)
         self._rollout, self._batches_done = None, None
         self._phases.clear()
         self.rewards.clear()
@@ -524,7 +530,7 @@ class MixGRPOTrainer(Trainer):
             `list[PIL.Image.Image]` of length `n`: those of the stock pipeline with the same prompts and generators.
         """
         seeds = [self.args.eval_seed + i for i in range(len(prompts))] if seeds is None else seeds
-        scheduler, images = self._make_scheduler(self.args, evaluation=True), []
+        scheduler, images = make_scheduler(self.pipe, self.args, evaluation=True), []
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(prompts), size):
             conditioning = self.eval_policy.encode(prompts[start : start + size])
@@ -535,18 +541,6 @@ class MixGRPOTrainer(Trainer):
                 )
             images += self.eval_policy.decode(trajectory.latents, self.args.decode_batch_size)
         return images
-
-    def _make_scheduler(self, args: MixGRPOConfig, evaluation: bool = False) -> MixedODESDEScheduler:
-        """The pipeline's scheduler with our window, or, for evaluation, with none and the plain Euler solver."""
-        changes: dict[str, Any] = {"window_size": 0, "window_start": 0, "ode_solver": "euler"}
-        changes |= {"prefix_ratio": 1.0, "suffix_ratio": 1.0}
-        if not evaluation:
-            names = ("sde_type", "eta", "ode_solver", "solver_order", "prefix_ratio", "suffix_ratio")
-            changes |= {name: getattr(args, name) for name in names}
-            changes["window_start"], changes["window_size"] = self.window_schedule.schedule(0)
-        if args.shift is not None:
-            changes |= {"shift": args.shift, "use_dynamic_shifting": False}
-        return MixedODESDEScheduler.from_config(self.pipe.scheduler.config, **changes)
 
     # ---- Logging ----
 

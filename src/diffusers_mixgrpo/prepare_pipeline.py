@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .mixgrpo_config import MixGRPOConfig
 from .policies import FLUX_LORA_TARGET_MODULES, load_flux_pipeline
+from .scheduling_mixed_ode_sde import MixedODESDEScheduler
 
 
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -86,6 +87,19 @@ def _prepare_adapter(transformer: Any, peft_config: PeftConfig | None) -> tuple[
         )
     transformer.set_adapter(active[0])  # also makes its weights trainable
     return True, active[0]
+
+
+def make_scheduler(pipe: FluxPipeline, args: MixGRPOConfig, evaluation: bool = False) -> MixedODESDEScheduler:
+    """The pipeline's scheduler with the first iteration's window, or, for evaluation, with none and plain Euler."""
+    changes: dict[str, Any] = {"window_size": 0, "window_start": 0, "ode_solver": "euler"}
+    changes |= {"prefix_ratio": 1.0, "suffix_ratio": 1.0}
+    if not evaluation:
+        names = ("sde_type", "eta", "ode_solver", "solver_order", "prefix_ratio", "suffix_ratio")
+        changes |= {name: getattr(args, name) for name in names}
+        changes["window_start"], changes["window_size"] = args.window_schedule().schedule(0)
+    if args.shift is not None:
+        changes |= {"shift": args.shift, "use_dynamic_shifting": False}
+    return MixedODESDEScheduler.from_config(pipe.scheduler.config, **changes)
 
 
 def make_cache(settings: dict[str, Any] | str | None) -> Any:
