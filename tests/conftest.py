@@ -3,6 +3,7 @@
 import copy
 import os
 import string
+import sys
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -109,3 +110,13 @@ def pipeline_folder(shared_pipe, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("pipeline")
     shared_pipe.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_modules(tmp_path_factory):
+    """What a test imports from a folder of its own is forgotten, since another's may have the same name."""
+    yield
+    folder = str(tmp_path_factory.getbasetemp())
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(folder):
+            del sys.modules[name]

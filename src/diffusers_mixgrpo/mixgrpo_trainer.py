@@ -143,6 +143,8 @@ class MixGRPOTrainer(Trainer):
         funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         self.reward_weights = normalize_weights(args.reward_weights, len(funcs))
         kwargs = args.reward_init_kwargs if isinstance(args.reward_init_kwargs, dict) else {}
+        if unknown := [name for name in kwargs if name not in funcs]:
+            raise ValueError(f"`reward_init_kwargs` is for {', '.join(unknown)}, not among `reward_funcs`={funcs}.")
         self.reward_funcs = [load_reward(f, **kwargs.get(f, {})) if isinstance(f, str) else f for f in funcs]
         self.rewards = RewardRunner(self.reward_funcs, args.reward_timeout, args.device, args.offload_rewards)
         self.reward_names = self.rewards.names

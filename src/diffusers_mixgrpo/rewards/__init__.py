@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 # Name -> where it is. Imported when asked for, so that one needs only the dependencies of the rewards one uses.
 NAMES = {
@@ -32,7 +34,7 @@ def load_reward(name_or_path: str, **kwargs: Any) -> Callable[..., Any]:
             SigLIP model, which scores by the cosine of picture and prompt; or the URL of a reward server
             (`http://host:port/name`, see `examples/serve_rewards.py`); or `module:function`, a reward function of
             one's own, importable from where one works.
-        kwargs: Passed to the reward; see its class.
+        kwargs: Passed to the reward; see its class. A `dtype` may be a name, as `"bfloat16"`.
 
     Raises:
         `ValueError`: If there is no such reward.
@@ -46,17 +48,18 @@ def load_reward(name_or_path: str, **kwargs: Any) -> Callable[..., Any]:
     scores = reward(["a cat"], [picture])
     ```
     """
+    if isinstance(kwargs.get("dtype"), str):
+        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
     if name_or_path in NAMES:
         module, attribute = NAMES[name_or_path].split(":")
-        reward = getattr(importlib.import_module(f".{module}", __name__), attribute)
-        return reward(**kwargs) if isinstance(reward, type) else reward
+        return _make(getattr(importlib.import_module(f".{module}", __name__), attribute), name_or_path, kwargs)
     if name_or_path.startswith(("http://", "https://")):
         from .remote import RemoteReward
 
         return RemoteReward(name_or_path, **kwargs)
     module, colon, attribute = name_or_path.rpartition(":")
     if colon and all(part.isidentifier() for part in [*module.split("."), attribute]):
-        return _import_own(module, attribute, name_or_path)
+        return _make(_import_own(module, attribute, name_or_path), name_or_path, kwargs)
     if os.path.isdir(os.path.expanduser(name_or_path)) or name_or_path.count("/") == 1:
         from .clipscore import CLIPScoreReward
 
@@ -65,6 +68,15 @@ def load_reward(name_or_path: str, **kwargs: Any) -> Callable[..., Any]:
         f"`reward_funcs`: there is no reward {name_or_path!r}. Give one of {', '.join(NAMES)}, the folder or Hub id "
         "of a CLIP model, the URL of a reward server, or module:function."
     )
+
+
+def _make(reward: Any, name: str, kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """A class's object; a function as it is."""
+    if isinstance(reward, type):
+        return reward(**kwargs)
+    if kwargs:
+        raise ValueError(f"The reward {name!r} is a function and takes no arguments beforehand, got {kwargs}.")
+    return reward
 
 
 def _import_own(module: str, attribute: str, name: str) -> Callable[..., Any]:
