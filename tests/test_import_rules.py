@@ -32,7 +32,17 @@ ALLOWED: dict[str, set[str]] = {
     "reward_calls": {"advantages"},
     "mixgrpo_config": {"advantages", "presets", "window_schedule"},
     "prepare_pipeline": {"mixgrpo_config", "policies", "scheduling_mixed_ode_sde"},
-    "preflight": {"advantages", "iteration_draws", "prompt_sampler", "rollout", "scheduling_mixed_ode_sde"},
+    "peak_memory": set(),
+    "preflight_report": set(),
+    "preflight": {
+        "advantages",
+        "iteration_draws",
+        "peak_memory",
+        "preflight_report",
+        "prompt_sampler",
+        "rollout",
+        "scheduling_mixed_ode_sde",
+    },
 }
 MAY_IMPORT_TRL = {"mixgrpo_trainer", "mixgrpo_config"}
 

@@ -6,7 +6,7 @@ from .kernels import gaussian_kl, gaussian_log_prob
 from .mixgrpo_config import MixGRPOConfig
 from .mixgrpo_trainer import MixGRPOTrainer
 from .policies import FluxPolicy
-from .preflight import PreflightReport
+from .preflight_report import PreflightReport
 from .reward_calls import RewardError
 from .rewards import load_reward
 from .rollout import Trajectory, replay_log_probs, sample_trajectories

@@ -27,7 +27,8 @@ from .kernels import gaussian_kl
 from .mixgrpo_config import MixGRPOConfig
 from .model_card import mixgrpo_model_card
 from .policies import FluxPolicy
-from .preflight import PreflightReport, preflight
+from .preflight import preflight
+from .preflight_report import PreflightReport
 from .prepare_pipeline import (
     LORA_WEIGHTS_NAME,
     load_pipeline,

@@ -1,23 +1,24 @@
 """[`preflight`]: what a run will do and cost, found out on its first iteration before any weight moves."""
 
 import contextlib
+import functools
 import inspect
 import math
 import time
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .advantages import keep_extremes
 from .iteration_draws import draw_order, draw_seeds, draw_steps
+from .peak_memory import PeakMemory
+from .preflight_report import PreflightReport, RatioCheck, count, in_bytes, ranges
 from .prompt_sampler import PromptSampler
 from .rollout import Trajectory, _batches, replay_log_probs, sample_trajectories
 from .scheduling_mixed_ode_sde import MixedODESDEScheduler
@@ -25,154 +26,6 @@ from .scheduling_mixed_ode_sde import MixedODESDEScheduler
 
 NATS = 13  # the paper's clip range, in the log-ratio of a whole transition; see `MixGRPOConfig.epsilon`
 MOST_ITERATIONS = 10_000  # of which the window's places are looked up
-
-
-@dataclass
-class RatioCheck:
-    """
-    The ratio of new to old probability before any update, which would be 1 but for rounding.
-
-    Args:
-        max_deviation, mean_deviation (`float`): Of `|ratio - 1|` over the transitions of the first optimizer step.
-        same_batch (`float`): The largest when they are replayed in the batches that they were sampled in.
-        float32 (`float`, *optional*): The largest in float32, in the batches of training; `None` if not tried.
-        precision (`str`): What the transformer computes in: `"float32 weights"`, or `"bf16 autocast"`.
-        sampled_at_once, replayed_at_once (`int`): Batch sizes.
-        epsilon (`float`): The clip range.
-    """
-
-    max_deviation: float
-    mean_deviation: float
-    same_batch: float
-    float32: float | None
-    precision: str
-    sampled_at_once: int
-    replayed_at_once: int
-    epsilon: float
-
-    @property
-    def share(self) -> float:
-        """The largest deviation in units of the clip range."""
-        return self.max_deviation / self.epsilon
-
-    @property
-    def cause(self) -> str:
-        """What makes the ratio differ from 1, in words."""
-        if self.max_deviation == 0:
-            return "nothing"
-        if self.same_batch > self.max_deviation / 2:
-            return "the forward pass gives other numbers each time (dropout, or kernels that are not deterministic)"
-        shapes = f"batch shape (sampled {self.sampled_at_once} at once, replayed {self.replayed_at_once})"
-        if self.float32 is not None and self.float32 < self.max_deviation / 2:
-            return f"{self.precision}: {self.max_deviation:.1g}; {shapes} in float32: {self.float32:.1g}"
-        return f"{shapes} with {self.precision}: {self.max_deviation:.1g}"
-
-    def __str__(self) -> str:
-        verdict = "fine" if self.share < 0.1 else "felt" if self.share < 1 else "larger than the clip range"
-        return (
-            f"max |ratio - 1| = {self.max_deviation:.2g}, mean {self.mean_deviation:.2g}\n"
-            f"what makes it differ from 1: {self.cause}; replayed in the batches of sampling: {self.same_batch:.1g}\n"
-            f"{self.share:.2%} of the clip range, epsilon={self.epsilon:g}: {verdict}"
-        )
-
-
-@dataclass
-class PreflightReport:
-    """
-    What [`preflight`] found out. `str(report)` is the report to read.
-
-    Args:
-        batch (`list[str]`): The batch arithmetic in words.
-        images (`int`): Images of an iteration, per device.
-        iterations (`int`): Iterations of the run.
-        nfe (`dict[str, float]`):
-            Passes of one image through the transformer, per iteration and device, by part: `prefix`, `window`,
-            `suffix`, `reference` (with `beta > 0`), `replay forward`, `replay backward`; the mean over the run. A
-            backward pass counts as two, or as one where the weights are frozen (LoRA), and as one more with gradient
-            checkpointing. All images are taken to have an advantage; those without are not replayed.
-        nfe_per_image (`float`): Steps from noise to picture: `nfe` in the logs.
-        memory (`dict[str, int | None]`): Bytes per device by part while training; `None` where not known.
-        sampling_memory (`int`, *optional*): Bytes that sampling and decoding take at their peak, on CUDA.
-        device_memory (`int`, *optional*): Bytes that the device has, on CUDA.
-        seconds (`dict[str, float]`): Per iteration: `sampling`, `decoding`, `training`, the mean over the run. Without
-            rewards, evaluations and the optimizer's own arithmetic.
-        ratio ([`RatioCheck`], *optional*): The ratio before the first update.
-        warnings (`list[str]`): What should be changed, and to what.
-    """
-
-    batch: list[str]
-    images: int
-    iterations: int
-    nfe: dict[str, float]
-    nfe_per_image: float
-    memory: dict[str, int | None]
-    sampling_memory: int | None = None
-    device_memory: int | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    ratio: RatioCheck | None = None
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def nfe_amortized(self) -> float:
-        """Passes computed per image until it is sampled: `nfe_amortized` in the logs."""
-        return sum(self.nfe[part] for part in ("prefix", "window", "suffix")) / self.images
-
-    @property
-    def memory_peak(self) -> int | None:
-        """Bytes at the peak of training, or of sampling if that takes more. `None` if a part is not known."""
-        if None in self.memory.values():
-            return None
-        training = sum(size or 0 for size in self.memory.values())
-        passing = sum(self.memory.get(part) or 0 for part in ("gradients", "activations", "rollout"))
-        return max(training, training - passing + (self.sampling_memory or 0))
-
-    @property
-    def seconds_per_iteration(self) -> float:
-        return sum(self.seconds.values())
-
-    def __str__(self) -> str:
-        total, sampling = sum(self.nfe.values()), f"{self.nfe_amortized:.4g} passes for {self.nfe_per_image:.4g} steps"
-        together = f"{'together':<16}{total:>10.5g}, of which an image takes {sampling} to be sampled"
-        nfe = [f"{part:<16}{passes:>10.5g}{passes / total:>8.1%}" for part, passes in self.nfe.items()]
-        memory = [f"{part:<20}{_size(size):>10}" for part, size in [*self.memory.items(), ("peak", self.memory_peak)]]
-        times = [f"{part:<16}{_duration(seconds):>10}" for part, seconds in self.seconds.items()]
-        run = _duration(self.seconds_per_iteration * self.iterations)
-        times.append(f"{'the run':<16}{run:>10}, and the time of rewards and evaluations")
-        sections = {
-            "Batches": self.batch,
-            "NFE (passes of one image through the transformer) per iteration and device": [*nfe, together],
-            "Memory per device": memory,
-            "Time per iteration": times if self.seconds else ["not measured"],
-            "The ratio before the first update": str(self.ratio).splitlines() if self.ratio else ["not measured"],
-            "Warnings": self.warnings or ["none"],
-        }
-        return "\n".join("\n  ".join([title, *lines]) for title, lines in sections.items())
-
-
-# ---- Words ----
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _ranges(numbers: list[int]) -> str:
-    """`[0, 1, 2, 5]` as `0-2, 5`."""
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
-
-
-def _size(size: int | None) -> str:
-    if size is None:
-        return "unknown"
-    unit, name = next((u for u in ((1e9, "GB"), (1e6, "MB")) if size >= u[0]), (1e3, "KB"))
-    return f"{size / unit:.1f} {name}"
-
-
-def _duration(seconds: float) -> str:
-    unit, name = next((u for u in ((3600, "h"), (60, "min")) if seconds >= 2 * u[0]), (1, "s"))
-    return f"{seconds / unit:.2f} {name}"
 
 
 # ---- The check ----
@@ -235,13 +88,13 @@ def _batch_arithmetic(trainer: Any, images: int) -> tuple[int, list[str]]:
     visited = sorted({step for start, size in windows for step in range(start, start + size)})
     own, trained = args.per_device_train_batch_size * args.gradient_accumulation_steps, _trained_steps(trainer)
     words = [
-        f"{_count(images, 'image')} of {_count(prompts, 'prompt')} per device, "
-        f"{_count(steps, 'optimizer step')} per iteration",
-        f"an optimizer step: {_count(own, 'image')} x {_count(trained, 'window step')} = "
-        f"{_count(own * trained, 'transition')} per device, up to {_pass_size(args, trained)} in one pass",
-        f"the run: {_count(iterations, 'iteration')} = {_count(total, 'optimizer step')} = "
-        f"{iterations / per_epoch:.3g} epochs over {_count(num_prompts, 'prompt')}",
-        f"the window comes to steps {_ranges(visited)} of 0-{args.num_inference_steps - 1}",
+        f"{count(images, 'image')} of {count(prompts, 'prompt')} per device, "
+        f"{count(steps, 'optimizer step')} per iteration",
+        f"an optimizer step: {count(own, 'image')} x {count(trained, 'window step')} = "
+        f"{count(own * trained, 'transition')} per device, up to {_pass_size(args, trained)} in one pass",
+        f"the run: {count(iterations, 'iteration')} = {count(total, 'optimizer step')} = "
+        f"{iterations / per_epoch:.3g} epochs over {count(num_prompts, 'prompt')}",
+        f"the window comes to steps {ranges(visited)} of 0-{args.num_inference_steps - 1}",
     ]
     if devices > 1:
         words[1:1] = [
@@ -337,7 +190,7 @@ def _measure(trainer: Any, scheduler: MixedODESDEScheduler, report: PreflightRep
         known = sum(size or 0 for part, size in memory.items() if part not in later)
         memory["rewards and others"] = max(0, torch.cuda.memory_allocated(device) - known)
         report.device_memory = torch.cuda.get_device_properties(device).total_memory
-    with _PeakMemory(device, on_cuda or reuse) as peak:
+    with PeakMemory(device, on_cuda or reuse) as peak:
         sample = _sample(trainer, scheduler, report.seconds)
         deviations = _train(trainer, scheduler, sample, report.seconds) if reuse else []
     passes = report.images * report.nfe_amortized + report.nfe.get("reference", 0)
@@ -359,7 +212,7 @@ def _activations(trainer: Any, scheduler: MixedODESDEScheduler, sample: _Sample)
     adds = len(sample.passes) > 1  # all passes but the first find gradients to add to
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter) if adds else None
-    with _PeakMemory(trainer.args.device) as peak:
+    with PeakMemory(trainer.args.device) as peak:
         _train_pass(trainer, scheduler, sample, *sample.passes[0])
     for parameter in trained:
         parameter.grad = None
@@ -518,51 +371,13 @@ def _untouched(trainer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
-    """Add the time spent inside, once the device has done its work."""
+    """Add the time spent inside, from when the device is done with what came before until it is done with this."""
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait()
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-class _PeakMemory(TorchDispatchMode):
-    """Most `bytes` that tensors made inside hold at one time: on CUDA by its allocator, else by their storages."""
-
-    def __init__(self, device: torch.device, active: bool = True):
-        super().__init__()
-        self.cuda, self.active = device if device.type == "cuda" else None, active
-        self.live = self.bytes = 0
-        self.known: set[int] = set()
-
-    def __enter__(self):
-        if self.cuda is not None:
-            torch.cuda.reset_peak_memory_stats(self.cuda)
-            self.live = torch.cuda.memory_allocated(self.cuda)
-        elif self.active:
-            super().__enter__()
-        return self
-
-    def __exit__(self, *error):
-        if self.cuda is not None:
-            self.bytes = torch.cuda.max_memory_allocated(self.cuda) - self.live
-        elif self.active:
-            super().__exit__(*error)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for storage in (t.untyped_storage() for t in tree_leaves(output) if isinstance(t, Tensor)):
-            if storage._cdata not in given | self.known:
-                self.known.add(storage._cdata)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes()).atexit = False
-        self.bytes = max(self.bytes, self.live)
-        return output
-
-    def _free(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
 
 
 # ---- Judging ----
@@ -591,7 +406,7 @@ def _warnings(trainer: Any, report: PreflightReport) -> list[str]:
         )
     if report.device_memory and (report.memory_peak or 0) > 0.9 * report.device_memory:
         found.append(
-            f"The peak comes near the {_size(report.device_memory)} of the device. A smaller replay_batch_size, or "
+            f"The peak comes near the {in_bytes(report.device_memory)} of the device. A smaller replay_batch_size, or "
             "gradient_checkpointing=True, takes fewer activations; a smaller sample_batch_size or decode_batch_size "
             "less in sampling. None of them changes the result."
         )
