@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "presets": set(),
     "sample_grid": set(),
     "model_card": set(),
+    "trained_weights": set(),
     "policies": {"policies"},
     "rewards": {"rewards"},
     "toy": {"toy"},

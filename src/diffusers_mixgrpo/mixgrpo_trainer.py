@@ -30,14 +30,11 @@ from .policies import FluxPolicy
 from .preflight import preflight
 from .preflight_report import PreflightReport
 from .prepare_pipeline import (
-    LORA_WEIGHTS_NAME,
     load_pipeline,
     make_cache,
     make_scheduler,
     prepare_pipeline,
-    reload_lora,
     rename_gradient_checkpointing,
-    save_lora,
 )
 from .progress_callback import RewardProgressCallback
 from .prompt_sampler import PromptSampler, check_dataset
@@ -45,6 +42,7 @@ from .reward_calls import RewardError, RewardFunc, RewardRunner, check_failures,
 from .rewards import load_reward
 from .rollout import Trajectory, all_transitions, replay_log_probs, sample_trajectories
 from .sample_grid import save_sample_grid
+from .trained_weights import load_trained_weights, save_lora, save_transformer
 
 
 logger = logging.get_logger(__name__)
@@ -616,32 +614,17 @@ class MixGRPOTrainer(Trainer):
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
         os.makedirs(output_dir, exist_ok=True)
-        transformer = self.pipe.transformer
         if self.is_lora:
             save_lora(self.pipe, output_dir, self.adapter_name, state_dict)
         else:
-            if state_dict is not None:  # gathered from the shards of all ranks
-                with torch.device("meta"):
-                    transformer = type(transformer).from_config(transformer.config)
-                transformer.load_state_dict(state_dict, assign=True)
-            transformer.save_pretrained(os.path.join(output_dir, "transformer"))
+            save_transformer(self.pipe.transformer, output_dir, state_dict)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Overridden to read what `_save` wrote.
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        name = LORA_WEIGHTS_NAME if self.is_lora else "transformer"
-        path = os.path.join(resume_from_checkpoint, name)
-        if not os.path.exists(path):
-            raise FileNotFoundError(
-                f"`resume_from_checkpoint={resume_from_checkpoint!r}` has no {name}, so it is no checkpoint of "
-                f"{'a LoRA' if self.is_lora else 'a full fine-tuning'} by this trainer."
-            )
-        if self.is_lora:
-            reload_lora(self.pipe, resume_from_checkpoint, self.adapter_name)
-        else:
-            self.pipe.transformer.load_state_dict(type(self.pipe.transformer).from_pretrained(path).state_dict())
+        load_trained_weights(self.pipe, resume_from_checkpoint, self.is_lora, self.adapter_name)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None

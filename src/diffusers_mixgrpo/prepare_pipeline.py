@@ -1,4 +1,4 @@
-"""Making a pipeline ready for training: its precision, what is frozen, its LoRA and the file of that."""
+"""Making a pipeline ready for training: its precision, what is frozen, its LoRA."""
 
 import copy
 import functools
@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import FluxPipeline
-from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig
 from torch import nn
 from transformers.utils import logging
 
@@ -16,8 +16,6 @@ from .mixgrpo_config import MixGRPOConfig
 from .policies import FLUX_LORA_TARGET_MODULES, load_flux_pipeline
 from .scheduling_mixed_ode_sde import MixedODESDEScheduler
 
-
-LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 logger = logging.get_logger(__name__)
 
@@ -122,39 +120,6 @@ def make_cache(settings: dict[str, Any] | str | None) -> Any:
         return getattr(diffusers, settings["name"])(**kwargs)
     except TypeError as error:
         raise ValueError(f"`ode_cache={settings}`: {error}.") from error
-
-
-def save_lora(
-    pipe: FluxPipeline, folder: str, adapter_name: str, state_dict: dict[str, torch.Tensor] | None = None
-) -> None:
-    """Save the LoRA as `pipe.load_lora_weights(folder)` expects it; `state_dict` if its weights are sharded."""
-    pipe.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(
-            pipe.transformer, state_dict=state_dict, adapter_name=adapter_name
-        ),
-        # It holds the LoRA's alpha: without it a LoRA would come back scaled as if alpha were its rank.
-        transformer_lora_adapter_metadata=pipe.transformer.peft_config[adapter_name].to_dict(),
-        weight_name=LORA_WEIGHTS_NAME,
-    )
-
-
-def reload_lora(pipe: FluxPipeline, folder: str, adapter_name: str) -> None:
-    """
-    Read what [`save_lora`] wrote back into the LoRA that is being trained.
-
-    Raises:
-        `ValueError`: If it is not of the same shape.
-    """
-    state_dict = pipe.lora_state_dict(folder, weight_name=LORA_WEIGHTS_NAME)
-    state_dict = {key.removeprefix("transformer."): value for key, value in state_dict.items()}
-    own = get_peft_model_state_dict(pipe.transformer, adapter_name=adapter_name)
-    if {key: value.shape for key, value in state_dict.items()} != {key: value.shape for key, value in own.items()}:
-        raise ValueError(
-            f"The LoRA in {folder!r} has other layers or another rank than this trainer's. Resume with the "
-            "`peft_config` that it was trained with."
-        )
-    set_peft_model_state_dict(pipe.transformer, state_dict, adapter_name=adapter_name)
 
 
 def rename_gradient_checkpointing(transformer: Any) -> None:
