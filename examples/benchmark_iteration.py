@@ -33,48 +33,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from benchmark_report import GROWTH_COLOURS, PARTS, PASSES, PUBLISHED, draw_growth, draw_presets, in_markdown
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
+from random_flux import build_flux_dev, iteration_flops
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, toy
-from diffusers_mixgrpo.presets import PRESETS
+from diffusers_mixgrpo.presets import ACCELERATIONS, PRESETS
 
 
 METHODS = ("dancegrpo", "flow-grpo", "mixgrpo", "mixgrpo-flash", "mixgrpo-flash-star")
-OPTIONS = ("off", "shared-prefix", "exact", "all")
-APPROXIMATIONS = {"replay_top_k": 3, "prefix_ratio": 0.4, "ode_solver": "dpmsolver++"}
-APPROXIMATIONS |= {"ode_cache": {"name": "FirstBlockCacheConfig", "threshold": 0.1}}
-# Iteration times against DanceGRPO's, from the MixGRPO paper (arXiv 2507.21802)
-PUBLISHED = {"mixgrpo": 0.52, "mixgrpo-flash": 0.39, "mixgrpo-flash-star": 0.29}
-# Parts of an iteration -> colours of Okabe and Ito, safe for the colour-blind
-PARTS = {"prefix": "#56b4e9", "window": "#e69f00", "suffix": "#0072b2", "decode": "#f0e442", "reward": "#009e73"}
-PARTS |= {"replay_forward": "#d55e00", "replay_backward": "#cc79a7", "optimizer": "#000000", "rest": "#bbbbbb"}
-PASSES = ("prefix", "window", "suffix", "replay_forward")
-MARKERS = {
-    "off": ("s", "#0072b2"),
-    "shared-prefix": ("D", "#e69f00"),
-    "exact": ("o", "#009e73"),
-    "all": ("v", "#cc79a7"),
-}
-# Header of a column in the printed table -> key of the JSON file and format
-COLUMNS = {"s / iteration": ("seconds_per_iteration", ".3g"), "to DanceGRPO": ("ratio_to_dancegrpo", ".2f")}
-COLUMNS |= {"CPU time": ("cpu_ratio_to_dancegrpo", ".2f"), "under the same": ("ratio_under_same_options", ".2f")}
-COLUMNS |= {"in the transformer": ("transformer_share", ".0%"), "TFLOP/s": ("tflops", ".3g")}
-COLUMNS |= {"there": ("tflops_in_transformer", ".3g"), "peak GB": ("peak_memory_gb", ".1f"), "error": ("error", "")}
+OPTIONS = tuple(ACCELERATIONS)
 GROW = {"num_generations": (4, 8, 12, 24), "num_inference_steps": (10, 15, 25, 50)}
 GROW |= {"window_size": (1, 2, 4, 8), "size": (32, 64, 96, 128)}
-GROWTH_COLOURS = {"dancegrpo": ("#d55e00", "s-"), "mixgrpo": ("#0072b2", "o-")}
 
 
 @dataclass
@@ -100,6 +76,7 @@ class BenchmarkArguments:
     flux_dev_layers: list[int] | None = field(default=None, metadata={"help": "Its double and single blocks: 19 38."})
     flux_dev_heads: int = field(default=24, metadata={"help": "Its attention heads of 128."})
     compile: bool = field(default=False, metadata={"help": "Compile the transformer's blocks."})
+    attention_backend: str | None = field(default=None, metadata={"help": "One of diffusers'."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Compute activations again to save memory."})
     load_in_4bit: bool = field(default=False, metadata={"help": "With `flux_dev`: NF4 weights, by bitsandbytes."})
     output: str | None = field(default=None, metadata={"help": "JSON file. The figure is put beside it, as .png."})
@@ -200,12 +177,11 @@ def make_case(args: BenchmarkArguments, preset: str, option: str) -> Case:
     settings |= {"height": args.size, "width": args.size, "window_strategy": "frozen"}
     if PRESETS[preset]["window_size"] != -1:
         settings["window_size"] = args.window_size
-    batch, updates = args.batch_size or args.images, 1 if option in ("exact", "all") else args.updates
+    settings |= ACCELERATIONS["off" if option == "one-by-one" else option]
+    settings |= {"merge_lora": False} if args.full else {}
+    batch, updates = args.batch_size or args.images, 1 if settings.get("reuse_rollout_graph") else args.updates
     settings |= {"steps_per_generation": updates, "per_device_train_batch_size": args.images // updates}
     settings |= {"sample_batch_size": batch, "replay_batch_size": args.replay_batch_size or batch}
-    settings["shared_noise"] = option not in ("off", "one-by-one")  # what is not shared is computed for each image
-    settings["reuse_rollout_graph"] = option in ("exact", "all")
-    settings |= APPROXIMATIONS if option == "all" else {}
     last = args.num_inference_steps - 1 - args.window_size
     places = [*range(0, last, args.window_stride), last] if args.window_stride else [last // 2]
     if option == "one-by-one":
@@ -269,6 +245,7 @@ class Bench:
         is_first = not getattr(transformer, "_is_accelerate_prepared", False)
         quiet = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
         quiet |= {"gradient_checkpointing": True} if args.gradient_checkpointing else {}
+        quiet |= {"compile_repeated_blocks": args.compile, "attention_backend": args.attention_backend}
         quiet |= {"use_cpu": self.device.type == "cpu", "dataloader_pin_memory": False, "output_dir": self.folder}
         steps, rank = case.settings["steps_per_generation"], 64 if args.flux_dev else 16
         config = MixGRPOConfig.from_preset(case.preset, **case.settings, **quiet, max_steps=steps)
@@ -282,8 +259,6 @@ class Bench:
             callbacks=[self.stopwatch],
         )
         trainer.remove_callback(PrinterCallback)
-        if is_first and args.compile:
-            transformer.compile_repeated_blocks()
         policy, accelerator, during = trainer.policy, trainer.accelerator, self.stopwatch.during
         policy.decode = during("decode")(policy.decode)
         accelerator.backward = during("replay_backward", then="optimizer")(accelerator.backward)
@@ -410,156 +385,6 @@ def matmul_peak(device: torch.device) -> float:
         (matrix @ matrix)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds) / 1e12
-
-
-def iteration_flops(pipe: FluxPipeline, settings: dict[str, Any], passes: dict[str, float], full: bool) -> float:
-    """
-    Operations of the transformer's matrix products in one iteration, without the LoRA's.
-
-    A backward pass costs two forward passes, one for the activations and one for the weights. A LoRA saves the latter,
-    but in the attention, which has no weights. What gradient checkpointing computes again is not counted.
-    """
-    image_tokens = settings["height"] * settings["width"] // (2 * pipe.vae_scale_factor) ** 2
-    linear, attention = pass_flops(pipe.transformer.config, image_tokens, settings["max_sequence_length"])
-    trained = passes["window" if settings["reuse_rollout_graph"] else "replay_forward"]
-    return sum(passes.values()) * (linear + attention) + trained * (linear * (1 + full) + 2 * attention)
-
-
-def pass_flops(config: Any, image_tokens: int, text_tokens: int) -> tuple[float, float]:
-    """Operations of one image's forward pass: in linear layers, and between queries, keys and values."""
-    double, single, tokens = config.num_layers, config.num_single_layers, image_tokens + text_tokens
-    width = config.num_attention_heads * config.attention_head_dim
-    linear = width**2 * (12 * (double + single) * tokens + 12 * double + 3 * single + 2)  # the latter: modulation
-    linear += width * (2 * config.in_channels * image_tokens + config.joint_attention_dim * text_tokens)
-    linear += (1 + config.guidance_embeds) * width * (256 + width) + width * (config.pooled_projection_dim + width)
-    return 2.0 * linear, 4.0 * tokens**2 * width * (double + single)
-
-
-# ---- A FLUX of full size, without a download ----
-
-
-def build_flux_dev(args: BenchmarkArguments, device: torch.device) -> FluxPipeline:
-    """FLUX.1-dev's transformer and VAE with random weights; of its text encoders one layer, as they run once."""
-    parts, layers = toy.load().components, args.flux_dev_layers or (19, 38)
-    clip = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 1}
-    clip = transformers.CLIPTextConfig(**(parts["text_encoder"].config.to_dict() | clip))
-    t5 = {"d_model": 4096, "d_ff": 1024, "num_layers": 1}
-    t5 = transformers.T5Config(**(parts["text_encoder_2"].config.to_dict() | t5))
-    blocks = {"num_layers": layers[0], "num_single_layers": layers[1], "num_attention_heads": args.flux_dev_heads}
-    vae = {"block_out_channels": (32,) * 4 if args.flux_dev_layers else (128, 256, 512, 512), "layers_per_block": 2}
-    vae |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    vae |= {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1159}
-    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    try:
-        with torch.device(device):
-            parts["transformer"] = FluxTransformer2DModel(**blocks, guidance_embeds=True)
-            parts["text_encoder"], parts["vae"] = transformers.CLIPTextModel(clip), AutoencoderKL(**vae)
-            parts["text_encoder_2"] = transformers.T5EncoderModel(t5)
-            if args.load_in_4bit:
-                quantize(parts["transformer"])
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return FluxPipeline(**parts)
-
-
-def quantize(transformer: FluxTransformer2DModel) -> None:
-    """Make the linear layers of the blocks 4-bit, as `from_pretrained` does with saved weights."""
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise ImportError("`load_in_4bit=True` needs bitsandbytes: pip install bitsandbytes") from error
-    for name, module in list(transformer.named_modules()):
-        if isinstance(module, torch.nn.Linear) and "blocks" in name:
-            dtype, (parent, _, leaf) = module.weight.dtype, name.rpartition(".")
-            small = bnb.nn.Linear4bit(module.in_features, module.out_features, compute_dtype=dtype, quant_type="nf4")
-            weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
-            small.weight, small.bias = weight.to(module.weight.device), module.bias
-            setattr(transformer.get_submodule(parent), leaf, small)
-    transformer.is_loaded_in_4bit = True  # what peft asks for
-
-
-# ---- Results ----
-
-
-def in_markdown(results: dict[str, Any]) -> str:
-    """Times of all cases, and where those of the presets go."""
-    text = [f"{results['machine']}, a matrix product reaches {results['matmul_peak_tflops']:.3g} TFLOP/s"]
-    if "grow" in results:
-        return "\n\n".join([*text, table(["number", "value", "preset"], flatten(results["grow"], 3), COLUMNS)])
-    text += [table(["options", "preset"], flatten(results["options"], 2), COLUMNS), "Seconds of its parts:"]
-    presets = {(name, entry["options"]): entry for name, entry in results["presets"].items()}
-    parts = {key: entry.get("parts", {}) for key, entry in presets.items()}
-    passes = {key: entry.get("passes", {}) | {"updates": entry.get("updates")} for key, entry in presets.items()}
-    text += [table(["preset", "options"], parts, {part: (part, ".3g") for part in PARTS})]
-    text += ["Images through the transformer, and optimizer steps:"]
-    text += [table(["preset", "options"], passes, {part: (part, "g") for part in (*PASSES, "updates")})]
-    if results.get("one_by_one_speedup"):
-        text += [f"One image and one step at a time takes {results['one_by_one_speedup']:.1f} times as long."]
-    return "\n\n".join(text)
-
-
-def flatten(tree: dict[str, Any], depth: int) -> dict[tuple[str, ...], dict[str, Any]]:
-    """The entries at this depth, by their path."""
-    if depth == 0:
-        return {(): tree}
-    return {(name, *path): e for name, part in tree.items() for path, e in flatten(part, depth - 1).items()}
-
-
-def table(labels: list[str], entries: dict[tuple[str, ...], dict], columns: dict[str, tuple[str, str]]) -> str:
-    """In Markdown, without columns that are empty."""
-    shown = {
-        title: column
-        for title, column in columns.items()
-        if any(e.get(column[0]) is not None for e in entries.values())
-    }
-    rows = [[*labels, *shown], ["---"] * (len(labels) + len(shown))]
-    for key, entry in entries.items():
-        cells = [(entry.get(name), form) for name, form in shown.values()]
-        rows.append([*key, *("" if value is None else f"{value:{form}}" for value, form in cells)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def draw_presets(results: dict[str, Any], file: Path) -> None:
-    """Left the parts of an iteration, right the ratios under all options and those of the paper."""
-    presets = {name: entry for name, entry in results["presets"].items() if "error" not in entry}
-    rows, size = np.arange(len(presets)), (11, 1.8 + 0.5 * len(presets))
-    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, width_ratios=(3, 2), layout="constrained")
-    start = np.zeros(len(presets))
-    for part, colour in PARTS.items():
-        seconds = np.array([entry["parts"][part] for entry in presets.values()])
-        axes[0].barh(rows, seconds, left=start, color=colour, edgecolor="white", linewidth=0.5, label=part)
-        start += seconds
-    axes[0].set_yticks(rows, [f"{name}\n({entry['options']})" for name, entry in presets.items()])
-    axes[0].invert_yaxis()
-    axes[0].set_xlabel("seconds per iteration")
-    ratios = {o: {n: e.get("ratio_to_dancegrpo") for n, e in group.items()} for o, group in results["options"].items()}
-    for offset, (option, (marker, colour)) in zip((-0.3, -0.1, 0.1, 0.3), MARKERS.items(), strict=True):
-        points = [(ratios.get(option, {}).get(name), row + offset) for row, name in enumerate(presets)]
-        points = np.array([point for point in points if point[0]]).reshape(-1, 2)
-        axes[1].plot(*points.T, marker, color=colour, label=option)
-    published = np.array([(PUBLISHED[name], row) for row, name in enumerate(presets) if name in PUBLISHED])
-    axes[1].plot(*published.reshape(-1, 2).T, "k|", markersize=30, label="published")
-    axes[1].set_xlim(left=0)
-    axes[1].set_xlabel("time / time of DanceGRPO")
-    axes[1].grid(axis="x", alpha=0.3)
-    for axis, columns in zip(axes, (5, 3), strict=True):
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, frameon=False, fontsize=8)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
-def draw_growth(results: dict[str, Any], file: Path) -> None:
-    figure, axes = plt.subplots(1, len(results["grow"]), figsize=(12, 3), sharey=True, layout="constrained")
-    for axis, (name, values) in zip(axes, results["grow"].items(), strict=True):
-        for preset, (colour, marker) in GROWTH_COLOURS.items():
-            times = {int(v): e[preset].get("seconds_per_iteration") for v, e in values.items() if preset in e}
-            axis.plot(times.keys(), times.values(), marker, color=colour, label=preset)
-        axis.set_xlabel(name)
-        axis.grid(alpha=0.3)
-    axes[0].set(ylabel="seconds per iteration", ylim=(0, None))
-    axes[0].legend(frameon=False)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 def machine(device: torch.device) -> str:

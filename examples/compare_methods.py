@@ -2,6 +2,7 @@
 
     python examples/compare_methods.py --tune_learning_rates 5e-4 1e-3 2e-3
     python examples/compare_methods.py --ablate window_size
+    python examples/compare_methods.py --accelerations shared-prefix exact all
 
 Writes `results.md`, `results.json`, `results.png` and one file per run. Run the same command again to go on after an
 interruption: finished runs are kept.
@@ -13,6 +14,8 @@ these scaled to the toy's 10 steps:
 - The window moves every `tau = iterations // (T - w)` iterations (at least 1), so that a run is one sweep over all its
   `T - w` places. The published 300 iterations, with 25 or 20 in a place, end before the last steps are reached.
 - Shares stay what they are: 60% of the steps trained in DanceGRPO, 40% and 20% of the suffix run in Flash and Flash*.
+
+With `accelerations` the windowed methods are run under each of these options, and the baselines under the first.
 """
 
 import dataclasses
@@ -28,14 +31,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import yaml
+from compare_report import TRAINING_PASSES, best_of, draw, in_markdown, set_against, summarise
 from diffusers import FluxPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
@@ -44,24 +42,11 @@ from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, toy
-from diffusers_mixgrpo.presets import PRESETS
+from diffusers_mixgrpo.presets import ACCELERATIONS, PRESETS
 
 
 METHODS = ("dancegrpo", "flow-grpo", "mixgrpo", "mixgrpo-flash", "mixgrpo-flash-star")
-ABLATIONS = ("window_size", "window_interval", "window_stride", "strategy", "beta", "solver")
-# Forward passes that a trained step is worth: one forward, and a backward through frozen weights that costs as much.
-TRAINING_PASSES = 2
-# Paul Tol's bright scheme, safe for the colour-blind; markers and line styles tell the lines apart without it.
-COLOURS = ("#000000", "#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44")
-MARKERS, LINES = "osD^vPX", ("-", "--", "-", "-.", ":", "--", "-.")
-
-EXPLANATION = """\
-{seeds}, {iterations} iterations of {prompts} prompts x {num_generations} images, LoRA of rank {lora_rank}, {machine}.
-Rewards are means over {num_eval_prompts} held-out prompts, drawn by the plain ODE sampler with fixed noise. ± is the
-standard error over seeds; over the prompts of one evaluation it is {reward_se:.3f}. With the same seed all train on
-the same prompts from the same noise. *NFE* counts the steps of one picture's rollout, *computed* the transformer
-passes that were run for it, a group sharing its prefix. Seconds are the median over all iterations, evaluations left
-out. *Same time* is the reward after {same_time:.0f} s of training, when the quickest ends. Beside the presets:"""
+ABLATIONS = ("window_size", "window_interval", "window_stride", "strategy", "beta", "solver", "top_k", "cache")
 
 
 @dataclass
@@ -69,6 +54,10 @@ class CompareArguments:
     presets: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods to compare."})
     ablate: str | None = field(
         default=None, metadata={"help": "Compare settings of MixGRPO instead of methods.", "choices": ABLATIONS}
+    )
+    accelerations: list[str] = field(
+        default_factory=lambda: ["shared-prefix"],
+        metadata={"help": "Run each method under: off, shared-prefix (the default), exact, all."},
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A run of each method per seed."})
     iterations: int = field(default=72, metadata={"help": "Iterations of each run, the same for all."})
@@ -91,8 +80,9 @@ class CompareArguments:
     output_dir: str = field(default="", metadata={"help": "outputs/compare or outputs/ablate_... if unset."})
 
     def __post_init__(self):
-        if unknown := set(self.presets) - set(METHODS):
-            raise ValueError(f"`presets` must be among {', '.join(METHODS)}, got {', '.join(sorted(unknown))}.")
+        for name, legal in (("presets", METHODS), ("accelerations", ACCELERATIONS)):
+            if unknown := set(getattr(self, name)) - set(legal):
+                raise ValueError(f"`{name}` must be among {', '.join(legal)}, got {', '.join(sorted(unknown))}.")
         if self.tune_seed in self.seeds:
             raise ValueError(
                 f"`tune_seed`={self.tune_seed} is one of `seeds`={self.seeds}: a learning rate must not be chosen on "
@@ -117,7 +107,7 @@ def main(argv: list[str] | None = None):
         library.disable_progress_bar()
     (args,) = HfArgumentParser(CompareArguments).parse_args_into_dataclasses(argv)
     folder, shared = Path(args.output_dir), read_shared(args)
-    variants = ablation(args, shared) if args.ablate else {name: method(name, args, shared) for name in args.presets}
+    variants = ablation(args, shared) if args.ablate else methods(args, shared)
 
     # 1. Choose a learning rate for each method on the validation prompts
     tuning, planned = tuning_jobs(args, shared, variants), final_jobs(args, shared, variants, {})
@@ -133,7 +123,7 @@ def main(argv: list[str] | None = None):
         runs = finish(jobs, bar)
 
     # 3. Compare on the held-out prompts
-    reference = find_base(args, shared, variants) if args.ablate else "dancegrpo"
+    reference = find_base(args, shared, variants) if args.ablate else label("dancegrpo", args.accelerations[0])
     summaries = {name: summarise([run for run in runs if run["name"] == name]) for name in variants}
     set_against(summaries, reference)
     results = {"command": shlex.join(sys.argv[1:] if argv is None else argv), "machine": machine(), "shared": shared}
@@ -160,6 +150,24 @@ def read_shared(args: CompareArguments) -> dict[str, Any]:
     files = sorted(file for file in Path(toy.path()).rglob("*") if file.is_file())
     shared["pipeline"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     return shared | {"iterations": args.iterations, "eval_every": args.eval_every, "eval_on": "test"}
+
+
+def methods(args: CompareArguments, shared: dict) -> dict[str, dict[str, Any]]:
+    """The presets under the options that make them cheaper; the baselines as published, under the first alone."""
+    variants = {}
+    for option in args.accelerations:
+        for name in args.presets:
+            if option != args.accelerations[0] and PRESETS[name]["window_size"] == -1:
+                continue
+            settings = variants[label(name, option)] = method(name, args, shared) | ACCELERATIONS[option]
+            if settings.get("reuse_rollout_graph"):  # one update per iteration
+                images = shared["per_device_train_batch_size"] * shared["steps_per_generation"]
+                settings |= {"steps_per_generation": 1, "per_device_train_batch_size": images}
+    return variants
+
+
+def label(name: str, option: str) -> str:
+    return name if option == "shared-prefix" else f"{name}, {option}"
 
 
 def method(name: str, args: CompareArguments, shared: dict, size: int | None = None) -> dict[str, Any]:
@@ -192,6 +200,13 @@ def ablation(args: CompareArguments, shared: dict) -> dict[str, dict[str, Any]]:
     if args.ablate == "beta":
         # Log-ratio and KL are means over the same elements, so 1 weighs a nat like a standard deviation of reward.
         return {f"beta = {beta:g}": base | {"beta": beta} for beta in (0.0, 0.01, 0.1, 1.0)}
+    if args.ablate == "top_k":
+        return {"all": base} | {f"k = {k}": base | {"replay_top_k": k} for k in (3, 2, 1)}
+    if args.ablate == "cache":
+        taylor, block = ACCELERATIONS["all"]["ode_cache"], {"name": "FirstBlockCacheConfig"}
+        caches = {f"first block, {limit}": block | {"threshold": limit} for limit in (0.1, 0.3)}
+        caches |= {f"TaylorSeer, {n}": taylor | {"cache_interval": n} for n in (2, 3)}
+        return {"none": base} | {name: base | {"ode_cache": cache} for name, cache in caches.items()}
     # DPM-Solver++ of order 1 is Euler's step here.
     solvers = {"euler": ("euler", 2), "dpmsolver++ 2": ("dpmsolver++", 2), "dpmsolver++ 3": ("dpmsolver++", 3)}
     suffix = {"suffix_ratio": PRESETS["mixgrpo-flash"]["suffix_ratio"]}
@@ -329,7 +344,9 @@ class Recorder(TrainerCallback):
             return
         size, share = logs["window/size"], args.window_train_fraction
         trained = size if share == 1 else max(1, int(share * size))
-        costs = TRAINING_PASSES * args.num_iterations + (args.beta > 0)  # one more by the reference
+        costs: float = (TRAINING_PASSES - args.reuse_rollout_graph) * args.num_iterations
+        costs *= min(1, 2 * args.replay_top_k / args.num_generations) if args.replay_top_k else 1
+        costs += args.beta > 0  # a pass by the reference
         images = args.per_device_train_batch_size * args.steps_per_generation
         entry = {"seconds": self.spent[0], "cpu_seconds": self.spent[1], "nfe": logs["nfe"]}
         entry |= {"nfe_computed": logs["nfe_amortized"], "steps_trained": trained}
@@ -347,149 +364,7 @@ class Recorder(TrainerCallback):
         self.evaluations.append(point | {name: metrics[f"eval_rewards/{name}/mean"] for name in names})
 
 
-# ---- Results ----
-
-
-def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the runs of one method cost and gained; lists have an entry per run, that is per seed."""
-    entries = [entry for run in runs for entry in run["iterations"]]
-    summary: dict[str, Any] = {"settings": runs[0]["settings"]}
-    summary |= {name: float(np.mean([e[name] for e in entries])) for name in ("nfe", "nfe_computed", "steps_trained")}
-    times = ["seconds", "cpu_seconds", *(name for name in entries[0] if name.startswith("time/"))]
-    summary |= {name: float(np.median([e[name] for e in entries])) for name in times}
-    for name in ("reward", "wholly_right", "extra_objects"):
-        summary |= {f"{name}_before": [run["evaluations"][0][name] for run in runs]}
-        summary |= {f"{name}_after": [run["evaluations"][-1][name] for run in runs]}
-    summary["gain"] = [b - a for a, b in zip(summary["reward_before"], summary["reward_after"], strict=True)]
-    summary["reward_se"] = float(np.mean([run["evaluations"][-1]["reward_se"] for run in runs]))
-    names = ("iteration", "seconds", "passes", "reward")
-    curve = {name: [[point[name] for point in run["evaluations"]] for run in runs] for name in names}
-    return summary | {"curve": curve}
-
-
-def set_against(summaries: dict[str, dict], reference: str) -> None:
-    """Add to each summary how it compares with the reference, if that is there, and with all in the same time."""
-    base = summaries.get(reference)
-    seconds = {name: np.mean(summary["curve"]["seconds"], axis=0) for name, summary in summaries.items()}
-    shortest = min(float(times[-1]) for times in seconds.values())
-    for name, summary in summaries.items():
-        summary["same_time"] = shortest
-        summary["reward_same_time"] = [np.interp(shortest, seconds[name], run) for run in summary["curve"]["reward"]]
-        summary["ratio"] = summary["cpu_ratio"] = summary["difference"] = None
-        if base is not None:
-            summary["ratio"] = summary["seconds"] / base["seconds"]
-            summary["cpu_ratio"] = summary["cpu_seconds"] / base["cpu_seconds"]
-            pairs = zip(summary["reward_after"], base["reward_after"], strict=True)
-            summary["difference"] = [own - other for own, other in pairs]
-
-
-def in_markdown(results: dict[str, Any]) -> str:
-    """`results.md`: what was run, the comparison, where the time goes, and the tuning."""
-    summaries, shared, reference = results["summaries"], results["shared"], results["reference"]
-    some = next(iter(summaries.values()))
-    images = shared["per_device_train_batch_size"] * shared["steps_per_generation"]
-    facts = shared | some | {"machine": results["machine"], "prompts": images // shared["num_generations"]}
-    facts["seeds"] = f"{len(some['gain'])} seed" + ("s" if len(some["gain"]) > 1 else "")
-    header = ["", "NFE", "computed", "steps trained", "s / iteration", f"ratio to {reference}", "reward before"]
-    header += ["after", "same time", "gain by seed", f"after, less {reference}", "wholly right", "objects too many"]
-    parts = [
-        f"```bash\npython examples/compare_methods.py {results['command']}".rstrip() + "\n```",
-        EXPLANATION.format(**facts),
-        "\n".join(f"- {name}: {changes(summary['settings'], shared)}" for name, summary in summaries.items()),
-        table(header, [[name, *cells(summary)] for name, summary in summaries.items()]),
-        "![Held-out reward against training time and against transformer passes](results.png)",
-        "Where the time of an iteration goes, in seconds (median). On a busy machine CPU time is the fairer one:",
-    ]
-    phases = [name for name in some if name.startswith("time/")]
-    columns = {name: name.removeprefix("time/") for name in phases} | {"cpu_seconds": "CPU time of all"}
-    if reference in summaries:
-        columns["cpu_ratio"] = f"its ratio to {reference}"
-    rows = [[n, *(f"{s[name]:.2f}" for name in columns)] for n, s in summaries.items()]
-    parts.append(table(["", *columns.values()], rows))
-    if any(results["tuning"].values()):
-        parts += [
-            f"How the learning rates were chosen: reward on {shared['num_validation_prompts']} validation prompts, on "
-            "which nothing is trained, after short runs with a seed of their own. The one in bold was taken; at an "
-            "edge of the table a better one may lie beyond.",
-            tuning_table(results["tuning"]),
-        ]
-    return "\n\n".join(parts) + "\n"
-
-
-def cells(summary: dict[str, Any]) -> list[str]:
-    """A row of the comparison."""
-    right = [100 * np.array(summary[f"wholly_right_{when}"]) for when in ("before", "after")]
-    extra = [np.mean(summary[f"extra_objects_{when}"]) for when in ("before", "after")]
-    return [
-        *(f"{summary[name]:.4g}" for name in ("nfe", "nfe_computed", "steps_trained")),
-        f"{summary['seconds']:.2f}",
-        "" if summary["ratio"] is None else f"{summary['ratio']:.2f}",
-        *(plus_minus(summary[f"reward_{when}"]) for when in ("before", "after", "same_time")),
-        " ".join(f"{gain:+.3f}" for gain in summary["gain"]),
-        "" if summary["difference"] is None else plus_minus(summary["difference"], "+.3f"),
-        f"{right[0].mean():.1f}% to {plus_minus(right[1], '.1f')}%",
-        f"{extra[0]:+.2f} to {extra[1]:+.2f}",
-    ]
-
-
-def draw(summaries: dict[str, dict], file: Path) -> None:
-    """Held-out reward against the time and against the passes of training: mean and standard error over seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
-    for axis, over, unit in zip(axes, ("seconds", "passes"), (1, 1000), strict=True):
-        for index, (name, summary) in enumerate(summaries.items()):
-            x = np.mean(summary["curve"][over], axis=0) / unit
-            rewards = np.array(summary["curve"]["reward"])
-            y, error = rewards.mean(axis=0), standard_error(rewards)
-            style = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": LINES[index], "markersize": 4}
-            axis.plot(x, y, label=name, **style)
-            axis.fill_between(x, y - error, y + error, color=COLOURS[index], alpha=0.15, linewidth=0)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out reward")
-    axes[0].set_xlabel("training time in s, without evaluations")
-    axes[1].set_xlabel(f"thousand passes of an image: rollout, and {TRAINING_PASSES} per trained step")
-    columns = 5 if max(map(len, summaries)) < 20 else 3
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
 # ---- Small things ----
-
-
-def changes(settings: dict[str, Any], shared: dict[str, Any]) -> str:
-    """What a run has beside its preset and what all share, in words."""
-    own = {k: v for k, v in settings.items() if k == "learning_rate" or k not in (*shared, "preset", "seed")}
-    return ", ".join(f"`{k}={v:g}`" if isinstance(v, float) else f"`{k}={v}`" for k, v in own.items())
-
-
-def plus_minus(values: Any, form: str = ".3f") -> str:
-    """Mean, and if there are several, their standard error."""
-    error = f" ± {standard_error(values):{form.removeprefix('+')}}" if len(values) > 1 else ""
-    return f"{np.mean(values):{form}}{error}"
-
-
-def standard_error(values: Any) -> Any:
-    """Along the first axis; 0 for a single value."""
-    return np.std(values, axis=0, ddof=min(1, len(values) - 1)) / len(values) ** 0.5
-
-
-def best_of(scores: dict[float, float]) -> float:
-    """The learning rate with the best score; of equal ones the first that was given."""
-    return max(scores, key=scores.__getitem__)
-
-
-def tuning_table(tuning: dict[str, dict[float, float]]) -> str:
-    rows = []
-    for name, scores in tuning.items():
-        best = best_of(scores)
-        rows.append(
-            [name, *(f"**{score:.3f}**" if rate == best else f"{score:.3f}" for rate, score in scores.items())]
-        )
-    return table(["", *(f"{rate:g}" for rate in next(iter(tuning.values())))], rows)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
 def as_file(name: str) -> str:

@@ -50,6 +50,11 @@ def script():
     sys.path.remove(str(EXAMPLES))
 
 
+@pytest.fixture
+def report(script):
+    return importlib.import_module("compare_report")
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Flags for a configuration file of our own."""
@@ -210,8 +215,10 @@ def test_the_presets_scaled_to_the_toy(script, tmp_path):
 
 
 @pytest.mark.parametrize("iterations", [1, 70])
-@pytest.mark.parametrize("axis", ["window_size", "window_interval", "window_stride", "strategy", "beta", "solver"])
-def test_ablations_change_one_thing(script, axis, iterations, tmp_path):
+@pytest.mark.parametrize(
+    "axis", ["window_size", "window_interval", "window_stride", "strategy", "beta", "solver", "top_k", "cache"]
+)
+def test_ablations_change_one_thing(script, report, axis, iterations, tmp_path):
     args, shared = arguments(script, ablate=axis, iterations=iterations)
     variants = script.ablation(args, shared)
     base = script.method("mixgrpo", args, shared)
@@ -220,12 +227,28 @@ def test_ablations_change_one_thing(script, axis, iterations, tmp_path):
         "window_size": {"window_size", "window_interval"},
         "strategy": {"window_strategy", "window_decay_rate", "window_decay_start"},
         "solver": {"ode_solver", "solver_order", "suffix_ratio"},
+        "top_k": {"replay_top_k"},
+        "cache": {"ode_cache"},
     }.get(axis, {axis})
     for changes in variants.values():
         configuration(shared | changes, tmp_path)  # which checks them
         assert {k for k, v in changes.items() if base.get(k) != v} <= allowed
     assert len({json.dumps(changes, sort_keys=True) for changes in variants.values()}) == len(variants) > 1
-    assert len({script.as_file(name) for name in variants}) == len(variants) <= len(script.COLOURS)
+    assert len({script.as_file(name) for name in variants}) == len(variants) <= len(report.COLOURS)
+
+
+def test_accelerations_of_ours_and_the_baselines_as_published(script, tmp_path):
+    args, shared = arguments(script, accelerations=["shared-prefix", "exact", "all"])
+    variants = script.methods(args, shared)
+    assert list(variants)[:5] == list(script.METHODS)
+    windowed = [f"mixgrpo{flash}, {option}" for option in ("exact", "all") for flash in ("", "-flash", "-flash-star")]
+    assert list(variants)[5:] == windowed
+    configs = {name: configuration(shared | changes, tmp_path) for name, changes in variants.items()}
+    images = {c.per_device_train_batch_size * c.steps_per_generation for c in configs.values()}
+    assert len(images) == 1  # all sample as many
+    assert {c.steps_per_generation for name, c in configs.items() if "exact" in name} == {1}
+    assert {c.replay_top_k for name, c in configs.items() if name.endswith("all")} == {3}
+    assert {c.suffix_ratio for name, c in configs.items() if "flash-star" in name} == {0.2}
 
 
 def test_prompts_have_nothing_in_common(script):
@@ -245,6 +268,8 @@ def test_evaluations_are_not_timed(script):
         window_train_fraction=0.6,
         num_iterations=1,
         beta=0.1,
+        reuse_rollout_graph=False,
+        replay_top_k=None,
         per_device_train_batch_size=4,
         steps_per_generation=2,
     )
@@ -259,15 +284,18 @@ def test_evaluations_are_not_timed(script):
     recorder.on_log(args, None, None, {"nfe": 10, "nfe_amortized": 8.5, "window/size": 9, "loss": 0.0})
     assert due == [False, True]
     # 60% of 9 are 5 trained steps, each worth two passes and one of the reference
+    args.beta, args.reuse_rollout_graph, args.replay_top_k, args.num_generations = 0, True, 1, 8
+    recorder.on_log(args, None, None, {"nfe": 10, "nfe_amortized": 8.5, "window/size": 9, "loss": 0.0})
+    assert recorder.iterations.pop()["passes"] == 8 * (8.5 + 5 / 4)  # of 8 images 2 go backward, and none forward
     assert recorder.iterations == [
         {"seconds": 6, "cpu_seconds": 6, "nfe": 10, "nfe_computed": 8.5, "steps_trained": 5, "passes": 8 * 23.5}
     ]
 
 
-def test_means_and_standard_errors(script):
-    assert script.plus_minus([0.5, 0.7, 0.6]) == "0.600 ± 0.058"  # 0.1 / sqrt(3)
-    assert script.plus_minus([0.5]) == "0.500"
-    assert script.plus_minus([-0.25, 0.75], "+.2f") == "+0.25 ± 0.50"
+def test_means_and_standard_errors(report):
+    assert report.plus_minus([0.5, 0.7, 0.6]) == "0.600 ± 0.058"  # 0.1 / sqrt(3)
+    assert report.plus_minus([0.5]) == "0.500"
+    assert report.plus_minus([-0.25, 0.75], "+.2f") == "+0.25 ± 0.50"
 
 
 @pytest.mark.parametrize(

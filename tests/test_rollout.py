@@ -222,6 +222,26 @@ def test_replay_is_differentiable_and_sees_new_weights(shared_pipe):
     assert gain == pytest.approx(0.01 * gradient.norm().item(), rel=0.2)  # uphill, by what the gradient promises
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_graph_is_kept_for_the_steps_asked_for(shared_pipe, autocast):
+    policy, scheduler = make(copy.deepcopy(shared_pipe))
+    weights = list(policy.pipe.transformer.parameters())
+    images = torch.arange(8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        conditioning, trajectory = sample(policy, scheduler, keep_graph=[1])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # with none of the weights in its memory
+        replay = replay_log_probs(policy, scheduler, trajectory, conditioning, images, torch.ones_like(images))
+    expected = torch.autograd.grad(replay.log_probs.sum(), weights, allow_unused=True)
+    kept = torch.autograd.grad(trajectory.log_probs[:, 1].sum(), weights, retain_graph=True, allow_unused=True)
+    largest = max(gradient.abs().max() for gradient in expected if gradient is not None)
+    for gradient, other in zip(kept, expected, strict=True):
+        assert (gradient is None) == (other is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-2 * largest if autocast else 1e-5 * largest)
+    others = torch.autograd.grad(trajectory.log_probs[:, [0, 2]].sum(), weights, allow_unused=True)
+    assert all(gradient is None or not gradient.any() for gradient in others)
+
+
 def test_selecting_images(shared_pipe):
     policy, scheduler = make(shared_pipe)
     conditioning, trajectory = sample(policy, scheduler)

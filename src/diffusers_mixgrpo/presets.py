@@ -1,4 +1,8 @@
-"""The published methods as configurations: what [`MixGRPOConfig.from_preset`] starts from."""
+"""
+The published methods as configurations, what [`MixGRPOConfig.from_preset`] starts from, and what makes them cheaper.
+
+`MixGRPOConfig.from_preset("mixgrpo", **ACCELERATIONS["all"])` is MixGRPO with all short-cuts of docs/performance.md.
+"""
 
 from typing import Any
 
@@ -34,4 +38,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mixgrpo-flash-star": _PAPER | _MIXGRPO | _FLASH_SOLVER | {"window_strategy": "frozen", "suffix_ratio": 0.2},
     "flow-grpo": _PAPER | _ALL_BUT_THE_LAST | {"sde_type": "flow", "eta": 0.7},
     "dancegrpo": _PAPER | _ALL_BUT_THE_LAST | {"sde_type": "dance", "eta": 0.3, "window_train_fraction": 0.6},
+}
+
+_EXACT: dict[str, Any] = {"merge_lora": True}
+_APPROXIMATE: dict[str, Any] = {"replay_top_k": 3, "prefix_ratio": 0.4, **_FLASH_SOLVER}
+_APPROXIMATE |= {
+    "ode_cache": {
+        "name": "TaylorSeerCacheConfig",
+        "cache_interval": 2,
+        "disable_cache_before_step": 1,
+        "max_order": 1,
+        "use_lite_mode": True,
+    }
+}
+ACCELERATIONS: dict[str, dict[str, Any]] = {
+    "off": {"shared_noise": False},  # what is not shared is computed for each image
+    "shared-prefix": {},  # the defaults of MixGRPOConfig
+    "exact": _EXACT | {"reuse_rollout_graph": True},  # for one update per iteration
+    "all": _EXACT | _APPROXIMATE,
 }
