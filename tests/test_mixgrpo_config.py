@@ -1,8 +1,12 @@
 """The configuration: the paper's defaults, the batch arithmetic, and errors that say what to change."""
 
 import dataclasses
+import json
+import re
+from pathlib import Path
 
 import pytest
+import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
 
@@ -97,6 +101,9 @@ def test_batch_arithmetic(tmp_path, batch, accumulation, per_generation, passes,
         ({"remove_unused_columns": True}, "`remove_unused_columns=True` would take away 'prompt'"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be 1 or more"),
         ({"shift": 0.0}, "`shift` must be greater than 0"),
+        ({"attention_backend": "flesh"}, "`attention_backend` must be one of flash, .*sage.*, or None, got 'flesh'"),
+        ({"quantization": "nf4"}, "`quantization` must be a dict, .* got 'nf4'"),
+        ({"torch_compile": True}, "`torch_compile=True` .* Use compile_repeated_blocks=True"),
     ],
 )
 def test_errors(tmp_path, kwargs, message):
@@ -134,6 +141,27 @@ def test_every_argument_is_documented_and_has_help():
         if field.name not in inherited:
             assert f"        {field.name} (" in MixGRPOConfig.__doc__, field.name
             assert field.metadata["help"].count("%") == field.metadata["help"].count("%%") * 2
+
+
+def test_quantization_is_json_on_the_command_line(tmp_path):
+    settings = '{"quant_backend": "torchao", "quant_kwargs": {"quant_type": "Int8WeightOnlyConfig"}}'
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none", "--quantization", settings]
+    (config,) = TrlParser(MixGRPOConfig).parse_args_and_config([*arguments, "--attention_backend", "_native_cudnn"])
+    assert config.quantization == json.loads(settings) and config.attention_backend == "_native_cudnn"
+
+
+def test_the_recipes_of_the_documentation_are_configurations(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    cache, options, common, *recipes = blocks
+    assert len(recipes) == 4 and "pretrained_model_name_or_path" in common
+    names = {field.name for field in dataclasses.fields(MixGRPOConfig)}
+    of_the_script = {"pretrained_model_name_or_path", "reward_funcs", "dataset_name", "lora_rank", "lora_alpha"}
+    for recipe in [cache, options, *(common | recipe for recipe in recipes)]:
+        assert set(recipe) <= names | of_the_script
+        config = make(tmp_path, **{key: value for key, value in recipe.items() if key in names - {"output_dir"}})
+        elements = config.height * config.width // 4
+        assert 10 < config.epsilon * elements < 16  # nats
 
 
 @pytest.mark.parametrize(

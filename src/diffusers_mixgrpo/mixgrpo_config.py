@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers.models.attention_dispatch import AttentionBackendName
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -58,9 +59,14 @@ class MixGRPOConfig(TrainingArguments):
         sample_batch_size (`int`, *optional*):
             Images per forward pass while sampling. `None`: all of an iteration at once.
         ode_cache (`dict`, *optional*):
-            One of diffusers' caches for the steps that are not trained, by the name of its configuration and the
-            arguments of that: `{"name": "FirstBlockCacheConfig", "threshold": 0.1}`. An approximation of the ODE; the
-            window, its log-probs, the replay and evaluations never see it.
+            One of diffusers' caches for the steps outside the window, by the name of its configuration and the
+            arguments of that: `{"name": "TaylorSeerCacheConfig", "cache_interval": 2, "disable_cache_before_step": 1,
+            "use_lite_mode": true}`. An approximation of the ODE; the window, its log-probs, the replay and
+            evaluations never see it.
+        merge_lora (`bool`, defaults to `False`):
+            Add the LoRA to copies of the weights for the steps outside the window, instead of computing it beside
+            them. Exact up to rounding in the dtype of the weights, so in bfloat16 an approximation. Takes the memory
+            of the adapted weights a second time while sampling.
         decode_batch_size (`int`, *optional*):
             Images decoded at once by the VAE. `None`: as `sample_batch_size`.
 
@@ -138,12 +144,19 @@ class MixGRPOConfig(TrainingArguments):
             `num_iterations=1`), and where memory holds the activations of all images and window steps at once.
         replay_batch_size (`int`, *optional*):
             Transitions (one image at one window step) per forward and backward pass in training. Gradients do not
-            depend on it, memory does. `None`: all of a training batch at once.
+            depend on it, memory does. `None`: all of a training batch at once, and if these do not fit on the
+            accelerator half of them, a quarter, ...: tried out before the first training batch of a run, by each
+            device for itself. With FSDP, DeepSpeed or on a CPU nothing is tried out: set it where memory is short.
 
         > Arguments of data, evaluation and logging
 
         shuffle_dataset (`bool`, defaults to `True`):
             Whether prompts come in a random order, another one in each epoch.
+        cache_prompt_embeds (`bool`, defaults to `False`):
+            Encode the prompts of the run and of its evaluations beforehand, each alone, and keep them on disk in the
+            cache of datasets (`HF_DATASETS_CACHE`): about 4 MB per prompt for FLUX with 512 tokens in bfloat16. The
+            text encoders then leave the device; `pipe.to(device)` brings them back after training. A later run with
+            the same encoders encodes only prompts that are new.
         eval_num_inference_steps (`int`, *optional*):
             Sampling steps in evaluation. `None`: as in training.
         eval_seed (`int`, defaults to 0):
@@ -155,6 +168,25 @@ class MixGRPOConfig(TrainingArguments):
             Pictures in such a grid.
         model_init_kwargs (`dict`, *optional*):
             Passed to `FluxPipeline.from_pretrained` when the trainer is given a path.
+
+        > Arguments of speed and memory, which reach what diffusers has
+
+        attention_backend (`str`, *optional*):
+            How the transformer computes attention, by diffusers' name: `"flash"`, `"sage"`, `"_native_cudnn"`, ...
+            `None` leaves it as it is.
+        compile_repeated_blocks (`bool`, defaults to `False`):
+            Compile the transformer's blocks with `torch.compile`, one of each kind. The `torch_compile` of
+            [`~transformers.TrainingArguments`] does not work here.
+        quantization (`dict`, *optional*):
+            Load parts of the pipeline with quantised weights, for training a LoRA on them. `"quant_backend"`,
+            `"quant_kwargs"` and `"components_to_quantize"` as in diffusers' `PipelineQuantizationConfig`:
+            `{"quant_backend": "bitsandbytes_4bit", "quant_kwargs": {"load_in_4bit": true, "bnb_4bit_quant_type":
+            "nf4", "bnb_4bit_compute_dtype": "bfloat16"}, "components_to_quantize": ["transformer"]}`.
+            The `"quant_type"` of torchao is the name of a configuration of its own, `"Int8WeightOnlyConfig"`, or what
+            its `config_to_dict` gives.
+        offload_vae (`bool`, defaults to `False`):
+            Keep the VAE on the CPU while nothing is decoded. It stays there after training; `pipe.to(device)` brings
+            it back.
 
     > [!NOTE]
     > Defaults that differ from [`~transformers.TrainingArguments`]:
@@ -171,6 +203,7 @@ class MixGRPOConfig(TrainingArguments):
         "model_init_kwargs",
         "reward_init_kwargs",
         "ode_cache",
+        "quantization",
     ]
 
     # Defaults that differ from TrainingArguments
@@ -210,6 +243,9 @@ class MixGRPOConfig(TrainingArguments):
         metadata={
             "help": 'A cache of diffusers outside the window: {"name": "FirstBlockCacheConfig", "threshold": 0.1}.'
         },
+    )
+    merge_lora: bool = field(
+        default=False, metadata={"help": "Merge the LoRA into copies of the weights outside the window."}
     )
     decode_batch_size: int | None = field(default=None, metadata={"help": "Images decoded by the VAE at once."})
 
@@ -265,10 +301,16 @@ class MixGRPOConfig(TrainingArguments):
     reuse_rollout_graph: bool = field(
         default=False, metadata={"help": "Train on the rollout's own graph: one update per iteration, no replay."}
     )
-    replay_batch_size: int | None = field(default=None, metadata={"help": "Transitions per pass in training."})
+    replay_batch_size: int | None = field(
+        default=None, metadata={"help": "Transitions per pass in training. If not set, as many as fit."}
+    )
 
     # Data, evaluation and logging
     shuffle_dataset: bool = field(default=True, metadata={"help": "Whether prompts come in a random order."})
+    cache_prompt_embeds: bool = field(
+        default=False,
+        metadata={"help": "Encode the prompts beforehand, on disk, and take the text encoders off the device."},
+    )
     eval_num_inference_steps: int | None = field(default=None, metadata={"help": "Sampling steps in evaluation."})
     eval_seed: int = field(default=0, metadata={"help": "Evaluation prompt i is drawn with seed eval_seed + i."})
     logging_images_steps: int | None = field(default=None, metadata={"help": "Save sample grids every so many steps."})
@@ -276,6 +318,22 @@ class MixGRPOConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Passed to FluxPipeline.from_pretrained, as JSON."}
     )
+
+    # Speed and memory
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "An attention backend of diffusers: flash, sage, _native_cudnn, ..."}
+    )
+    compile_repeated_blocks: bool = field(
+        default=False, metadata={"help": "Compile the transformer's blocks, one of each kind."}
+    )
+    quantization: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Quantised weights under a LoRA, as JSON with 'quant_backend', 'quant_kwargs' and "
+            "'components_to_quantize'."
+        },
+    )
+    offload_vae: bool = field(default=False, metadata={"help": "Keep the VAE on the CPU while nothing is decoded."})
 
     def __post_init__(self):
         if self.window_size == "all":
@@ -288,6 +346,7 @@ class MixGRPOConfig(TrainingArguments):
             self.ddp_find_unused_parameters = False  # each trained weight has its part in each velocity
         super().__post_init__()
         self._validate_ranges()
+        self._validate_speed_and_memory()
         self._validate_batch_arithmetic()
         self._validate_window()
 
@@ -372,6 +431,23 @@ class MixGRPOConfig(TrainingArguments):
                 "`auto_find_batch_size=True` is not supported: another batch size would break up the groups of "
                 "`num_generations` images. Set `sample_batch_size`, `decode_batch_size` and `replay_batch_size` "
                 "instead: they bound the memory and leave the result alone."
+            )
+
+    def _validate_speed_and_memory(self) -> None:
+        backends = [backend.value for backend in AttentionBackendName]
+        if self.attention_backend is not None and self.attention_backend.lower() not in backends:
+            raise ValueError(
+                f"`attention_backend` must be one of {', '.join(backends)}, or None, got {self.attention_backend!r}."
+            )
+        if self.quantization is not None and not isinstance(self.quantization, dict):
+            raise ValueError(
+                "`quantization` must be a dict, or JSON of one, with 'quant_backend', 'quant_kwargs' and "
+                f"'components_to_quantize', got {self.quantization!r}."
+            )
+        if self.torch_compile:
+            raise ValueError(
+                "`torch_compile=True` would compile the model for training and, with several processes, not for "
+                "sampling: their log-probs would differ by rounding. Use compile_repeated_blocks=True."
             )
 
     def _validate_batch_arithmetic(self) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import os
 import time
@@ -20,6 +21,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
+from .accelerated_ode import accelerated_ode, make_cache
 from .advantages import combine_rewards, compute_advantages, keep_extremes, normalize_weights, scored_std
 from .iteration_callback import IterationCallback
 from .iteration_draws import draw_order, draw_seeds, draw_steps
@@ -31,13 +33,17 @@ from .preflight import preflight
 from .preflight_report import PreflightReport
 from .prepare_pipeline import (
     load_pipeline,
-    make_cache,
+    make_reference,
     make_scheduler,
+    place_components,
     prepare_pipeline,
     rename_gradient_checkpointing,
+    vae_on_device,
 )
 from .progress_callback import RewardProgressCallback
+from .prompt_embeds import cache_prompt_embeds
 from .prompt_sampler import PromptSampler, check_dataset
+from .replay_batch_size import replay_batch_size
 from .reward_calls import RewardError, RewardFunc, RewardRunner, check_failures, reward_statistics
 from .rewards import load_reward
 from .rollout import Trajectory, all_transitions, replay_log_probs, sample_trajectories
@@ -152,21 +158,19 @@ class MixGRPOTrainer(Trainer):
                 check_dataset(name, part)
 
         # 2. The pipeline, and its transformer as the model to train
-        if isinstance(model, (str, os.PathLike)):
-            model = load_pipeline(model, args, peft_config)
-        self.pipe = model
+        self.pipe = load_pipeline(model, args, peft_config)
         sampling = (args.height, args.width, args.num_inference_steps, args.guidance_scale, args.max_sequence_length)
         self.policy = FluxPolicy(self.pipe, *sampling)
         self.eval_policy = copy.copy(self.policy)
         self.eval_policy.num_inference_steps = args.eval_num_inference_steps or args.num_inference_steps
-        self.policy.ode_cache = make_cache(args.ode_cache)
+        self.accelerated_ode = functools.partial(
+            accelerated_ode, self.pipe.transformer, make_cache(args.ode_cache), args.merge_lora
+        )
         self.window_schedule = args.window_schedule()
         self.noise_scheduler = make_scheduler(self.pipe, args)
         set_seed(args.seed)  # the Trainer's own comes after the LoRA has drawn its weights
         self.is_lora, self.adapter_name = prepare_pipeline(self.pipe, peft_config, args)
-        self.reference = None
-        if args.beta > 0 and not self.is_lora:
-            self.reference = copy.deepcopy(self.pipe.transformer).requires_grad_(False).to(args.device)
+        self.reference = make_reference(self.pipe, args) if args.beta > 0 and not self.is_lora else None
         rename_gradient_checkpointing(self.pipe.transformer)
 
         # 3. Everything else is the Trainer's
@@ -182,9 +186,9 @@ class MixGRPOTrainer(Trainer):
         self.add_callback(IterationCallback(self))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgressCallback)
-        for name, component in self.pipe.components.items():
-            if isinstance(component, nn.Module) and name != "transformer" and not hasattr(component, "_hf_hook"):
-                component.to(args.device)
+        place_components(self.pipe, args, stay=self.policy.text_encoders if args.cache_prompt_embeds else ())
+        if args.cache_prompt_embeds:
+            cache_prompt_embeds(self)
         # As in the Trainer: the loss has been divided by the accumulation steps, and DeepSpeed must not do so again.
         self._backward_kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self._sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -193,11 +197,17 @@ class MixGRPOTrainer(Trainer):
                 "`reuse_rollout_graph=True` cannot work with FSDP or DeepSpeed, which gather the weights anew for "
                 "each forward pass. Leave it False, or train without sharding."
             )
+        if args.merge_lora and (self._sharded or not self.is_lora):
+            raise ValueError(
+                "`merge_lora=True` needs a LoRA (`peft_config`) on weights that are neither sharded by FSDP nor by "
+                "DeepSpeed. Leave it False."
+            )
         # An image without an advantage has no gradient and need not be replayed. Sharded models gather their weights
         # in each forward pass, so there all ranks must run equally many.
         self._skip_zero_advantages = args.beta == 0 and not self._sharded
         self._rollout: _Rollout | None = None
         self._batches_done: int | None = None
+        self._replay_size: int | None = None
         self.first_step, self.saved_step = 0, None  # of this run; IterationCallback keeps them
         self.prompt_sampler: PromptSampler | None = None
         self._metrics: dict[str, list[float | torch.Tensor]] = defaultdict(list)
@@ -247,7 +257,7 @@ class MixGRPOTrainer(Trainer):
             self._try_rewards()
         # Anew, as an interrupted run may have left it in mid-rollout
         self.noise_scheduler = make_scheduler(self.pipe, self.args)
-        self._rollout, self._batches_done = None, None
+        self._rollout, self._batches_done, self._replay_size = None, None, None
         self._phases.clear()
         self.rewards.clear()
         self.first_step, self.saved_step = self.state.global_step, None
@@ -295,14 +305,12 @@ class MixGRPOTrainer(Trainer):
         assert rollout is not None
         images, steps = images.repeat_interleave(len(rollout.steps)), rollout.steps.repeat(len(images))
         count = len(images)
+        size = self._replay_size = self._replay_size or replay_batch_size(self, images, steps)
         if self._skip_zero_advantages:
             kept = (rollout.advantages[images] != 0).nonzero().flatten()
             # One is always kept: every rank has to run a backward pass, and an optimizer to see a gradient, if of 0.
             kept = kept if len(kept) else torch.zeros(1, dtype=torch.long)
             images, steps = images[kept], steps[kept]
-        size = self.args.replay_batch_size or len(images)
-        if self.args.reuse_rollout_graph:
-            size = len(images)  # the graph is there already, and going through it in parts would cost more
         total = torch.zeros((), device=self.args.device)
         for start in range(0, len(images), size):
             is_last = start + size >= len(images)
@@ -327,8 +335,10 @@ class MixGRPOTrainer(Trainer):
         rollout, args = self._rollout, self.args
         assert rollout is not None
         device = rollout.trajectory.states.device
-        advantages = rollout.advantages[images].to(device)
-        images, steps = images.to(device), steps.to(device)
+        # Other copies wait for the passes before them. To MPS these may read freed memory (pytorch issue 189690).
+        no_wait = device.type != "mps"
+        advantages = rollout.advantages[images].to(device, non_blocking=no_wait)
+        images, steps = images.to(device, non_blocking=no_wait), steps.to(device, non_blocking=no_wait)
         old, replay = rollout.trajectory.log_probs.detach()[images, steps], None
         if args.reuse_rollout_graph:
             new = rollout.trajectory.log_probs[images, steps]
@@ -378,10 +388,13 @@ class MixGRPOTrainer(Trainer):
         """Sample, score and compare the images of one iteration: all that is random is a function of its number."""
         args, group = self.args, self.args.num_generations
         rows, images = [row for row in inputs for _ in range(group)], []
-        self.noise_scheduler.set_window(*self.window_schedule.schedule(iteration))
+        start, size = self.window_schedule.schedule(iteration)
+        self.noise_scheduler.set_window(start, size)
+        steps = draw_steps(args.seed, iteration, size, args.window_train_fraction)
 
         def take_in(batch: slice, latents: torch.Tensor) -> None:
-            with self._phase("decoding"), torch.autocast(args.device.type, enabled=False):
+            half = torch.autocast(args.device.type, enabled=False)
+            with self._phase("decoding"), half, vae_on_device(self.pipe, args):
                 images.extend(self.policy.decode(latents, args.decode_batch_size or args.sample_batch_size))
             self.rewards.start(rows[batch], images[batch])
 
@@ -399,9 +412,9 @@ class MixGRPOTrainer(Trainer):
                     batch_size=args.sample_batch_size,
                     transformer=self._inference_model,
                     on_batch=take_in,
-                    keep_graph=args.reuse_rollout_graph,
+                    keep_graph=steps.tolist() if args.reuse_rollout_graph else (),
+                    outside_window=self.accelerated_ode,
                 )
-                steps = draw_steps(args.seed, iteration, trajectory.window_size, args.window_train_fraction)
                 reference_means = self._reference_means(trajectory, conditioning, steps) if args.beta > 0 else None
         with self._phase("reward"):
             local_rewards = self.rewards.finish().unflatten(1, (-1, group))
@@ -427,8 +440,9 @@ class MixGRPOTrainer(Trainer):
     def _reference_means(self, trajectory: Trajectory, conditioning: Any, steps: torch.Tensor) -> torch.Tensor:
         """Where the reference would have gone from each state: `(B, w, ...)`, 0 at steps that are not trained."""
         means = torch.zeros_like(trajectory.states[:, 1:])
-        images, steps = all_transitions(trajectory, steps.to(means.device))
-        size = self.args.replay_batch_size or len(images)
+        images, steps = all_transitions(trajectory, steps.to(means.device, non_blocking=True))
+        # As many as sampling puts through, which needs no gradient either: so they fit
+        size = self.args.replay_batch_size or self.args.sample_batch_size or len(trajectory)
         with self._reference_model() as reference:
             for start in range(0, len(images), size):
                 pair = images[start : start + size], steps[start : start + size]
@@ -540,7 +554,8 @@ class MixGRPOTrainer(Trainer):
                 trajectory = sample_trajectories(
                     self.eval_policy, scheduler, conditioning, latents, transformer=self._inference_model
                 )
-            images += self.eval_policy.decode(trajectory.latents, self.args.decode_batch_size)
+            with vae_on_device(self.pipe, self.args):
+                images += self.eval_policy.decode(trajectory.latents, self.args.decode_batch_size)
         return images
 
     # ---- Logging ----

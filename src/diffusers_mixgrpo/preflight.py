@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 import math
 import time
 from collections import Counter
@@ -13,13 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .advantages import keep_extremes
 from .iteration_draws import draw_order, draw_seeds, draw_steps
 from .peak_memory import PeakMemory
 from .preflight_report import PreflightReport, RatioCheck, count, in_bytes, ranges
+from .prepare_pipeline import vae_on_device
 from .prompt_sampler import PromptSampler
+from .replay_batch_size import find_replay_batch_size, has_to_search, optimizer_memory, optimizer_memory_to_come
 from .rollout import Trajectory, _batches, replay_log_probs, sample_trajectories
 from .scheduling_mixed_ode_sde import MixedODESDEScheduler
 
@@ -77,8 +78,8 @@ def preflight(trainer: Any) -> PreflightReport:
 # ---- Counting ----
 
 
-def _batch_arithmetic(trainer: Any, images: int) -> tuple[int, list[str]]:
-    """Iterations of the run, and the batch arithmetic in words."""
+def _batch_arithmetic(trainer: Any, images: int, found: int | None = None) -> tuple[int, list[str]]:
+    """Iterations of the run, and the batch arithmetic in words; `found` transitions fit into memory at once."""
     args, devices, num_prompts = trainer.args, trainer.accelerator.num_processes, len(trainer.train_dataset)
     prompts, steps = args.prompts_per_iteration, args.optimizer_steps_per_iteration
     per_epoch = max(1, num_prompts // (prompts * devices))
@@ -87,11 +88,12 @@ def _batch_arithmetic(trainer: Any, images: int) -> tuple[int, list[str]]:
     windows = {trainer.window_schedule.schedule(i) for i in range(min(iterations, MOST_ITERATIONS))}
     visited = sorted({step for start, size in windows for step in range(start, start + size)})
     own, trained = args.per_device_train_batch_size * args.gradient_accumulation_steps, _trained_steps(trainer)
+    at_once = f"{found} in one pass, as memory allows" if found else f"{_pass_size(args, trained)} in one pass"
     words = [
         f"{count(images, 'image')} of {count(prompts, 'prompt')} per device, "
         f"{count(steps, 'optimizer step')} per iteration",
         f"an optimizer step: {count(own, 'image')} x {count(trained, 'window step')} = "
-        f"{count(own * trained, 'transition')} per device, up to {_pass_size(args, trained)} in one pass",
+        f"{count(own * trained, 'transition')} per device, up to {at_once}",
         f"the run: {count(iterations, 'iteration')} = {count(total, 'optimizer step')} = "
         f"{iterations / per_epoch:.3g} epochs over {count(num_prompts, 'prompt')}",
         f"the window comes to steps {ranges(visited)} of 0-{args.num_inference_steps - 1}",
@@ -138,7 +140,7 @@ def _weights_memory(trainer: Any) -> dict[str, int | None]:
         "frozen weights": _bytes(p for p in trainer.pipe.transformer.parameters() if not p.requires_grad),
         "LoRA" if trainer.is_lora else "trained weights": _bytes(trained),
         "gradients": _bytes(trained) * (2 if trainer.accelerator.num_processes > 1 else 1),  # and DDP's buckets
-        "optimizer": _optimizer_memory(trainer, trained),
+        "optimizer": optimizer_memory(trainer, trained),
     }
     if trainer.reference is not None:
         memory["reference"] = _bytes(trainer.reference.parameters())
@@ -146,28 +148,6 @@ def _weights_memory(trainer: Any) -> dict[str, int | None]:
         if isinstance(component, nn.Module) and component is not trainer.pipe.transformer:
             memory[name] = _bytes(p for p in component.parameters() if p.device.type == trainer.args.device.type)
     return memory
-
-
-def _optimizer_memory(trainer: Any, trained: list[nn.Parameter]) -> int | None:
-    """Bytes of the optimizer's state, from what a step leaves behind for one small weight; `None` if that fails."""
-    largest = max(trained, key=lambda p: p.numel())
-    probe = nn.Parameter(largest.detach().new_zeros([min(256, size) for size in largest.shape]))
-    probe.grad = torch.zeros_like(probe)
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    if trainer.args.optim_target_modules:
-        return None  # GaLore and its like treat each layer in its own way
-    try:
-        if optimizer is None:
-            kind, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args)
-        else:
-            kind = type(optimizer)
-            kwargs = {k: v for k, v in optimizer.defaults.items() if k in inspect.signature(kind).parameters}
-        alone = kind([probe], **kwargs)
-        alone.step()
-    except Exception:  # whatever an optimizer may ask for that a lone weight has not
-        return None
-    state = [value for value in tree_leaves(dict(alone.state)) if isinstance(value, Tensor) and value.numel() > 1]
-    return round(_bytes(state) / probe.nbytes * _bytes(trained))
 
 
 # ---- Measuring ----
@@ -201,9 +181,26 @@ def _measure(trainer: Any, scheduler: MixedODESDEScheduler, report: PreflightRep
     if reuse:  # the graph of the rollout holds them
         memory["activations"] = max(0, peak.bytes - rollout - _bytes(_trained(trainer)))
     else:
+        if has_to_search(trainer):
+            report.replay_batch_size = size = _find_pass_size(trainer, scheduler, sample)
+            report.batch = _batch_arithmetic(trainer, report.images, size)[1]
+            sample.passes = [p for images, steps in sample.passes for p in _split(size, images, steps)]
         memory["activations"] = _activations(trainer, scheduler, sample)
         deviations = _train(trainer, scheduler, sample, report.seconds)
     report.ratio = _check_ratio(trainer, scheduler, sample, deviations)
+
+
+def _find_pass_size(trainer: Any, scheduler: MixedODESDEScheduler, sample: _Sample) -> int:
+    """Transitions of a training batch that fit into memory at once, as a run finds it too."""
+    trained, (images, steps) = _trained(trainer), sample.passes[0]
+    buckets = _bytes(trained) if trainer.accelerator.num_processes > 1 else 0  # DDP makes them when training begins
+    return find_replay_batch_size(
+        lambda size: _train_pass(trainer, scheduler, sample, images[:size], steps[:size]),
+        len(images),
+        trained,
+        reserve=buckets + optimizer_memory_to_come(trainer, trained),
+        accumulates=len(sample.passes) > 1,
+    )
 
 
 def _activations(trainer: Any, scheduler: MixedODESDEScheduler, sample: _Sample) -> int:
@@ -226,12 +223,15 @@ def _sample(trainer: Any, scheduler: MixedODESDEScheduler, seconds: dict[str, fl
     seed = args.seed if args.data_seed is None else args.data_seed
     order = PromptSampler(len(dataset), count * accelerator.num_processes, 1, args.shuffle_dataset, seed)
     prompts = [dataset[i]["prompt"] for i in islice(order, rank * count, (rank + 1) * count)]
-    _warm_up(trainer, scheduler)
-    scheduler.set_window(*trainer.window_schedule.schedule(0))
+    _warm_up(trainer, scheduler, prompts[:1])
+    start, size = trainer.window_schedule.schedule(0)
+    scheduler.set_window(start, size)
+    steps = draw_steps(args.seed, 0, size, args.window_train_fraction)
     seconds |= {"sampling": 0.0, "decoding": 0.0}
 
     def decode(batch: slice, latents: Tensor) -> None:
-        with _timed(seconds, "decoding", args.device), torch.autocast(args.device.type, enabled=False):
+        half = torch.autocast(args.device.type, enabled=False)
+        with _timed(seconds, "decoding", args.device), half, vae_on_device(trainer.pipe, args):
             policy.decode(latents, args.decode_batch_size or args.sample_batch_size)
 
     with _timed(seconds, "sampling", args.device):
@@ -247,19 +247,21 @@ def _sample(trainer: Any, scheduler: MixedODESDEScheduler, seconds: dict[str, fl
                 generator=torch.Generator(policy.device).manual_seed(draw_seeds(args.seed, 0, "sde", rank)[0]),
                 batch_size=args.sample_batch_size,
                 on_batch=decode,
-                keep_graph=args.reuse_rollout_graph,
+                keep_graph=steps.tolist() if args.reuse_rollout_graph else (),
+                outside_window=trainer.accelerated_ode,
             )
     seconds["sampling"] -= seconds["decoding"]
     return _Sample(trajectory, conditioning, _first_passes(trainer, trajectory))
 
 
 @torch.no_grad()
-def _warm_up(trainer: Any, scheduler: MixedODESDEScheduler) -> None:
+def _warm_up(trainer: Any, scheduler: MixedODESDEScheduler, prompts: list[str]) -> None:
     """Call everything once, as what runs for the first time takes longer."""
     policy, latents = trainer.policy, trainer.policy.initial_latents([0]).float()
     with trainer.accelerator.autocast():
-        policy.velocity(latents, scheduler.timesteps[:1], policy.encode([""]))
-    policy.decode(latents)
+        policy.velocity(latents, scheduler.timesteps[:1], policy.encode(prompts))
+    with vae_on_device(trainer.pipe, trainer.args):
+        policy.decode(latents)
 
 
 def _first_passes(trainer: Any, trajectory: Trajectory) -> list[tuple[Tensor, Tensor]]:
@@ -278,8 +280,12 @@ def _first_passes(trainer: Any, trajectory: Trajectory) -> list[tuple[Tensor, Te
         images = images[advantages.flatten()[images] != 0]
         pair = images.repeat_interleave(len(steps)), steps.repeat(len(images))
         size = len(pair[0]) if args.reuse_rollout_graph else args.replay_batch_size or len(pair[0])
-        passes += zip(*(index.to(trajectory.states.device).split(size) for index in pair), strict=True)
+        passes += _split(size, *(index.to(trajectory.states.device) for index in pair))
     return passes
+
+
+def _split(size: int, images: Tensor, steps: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(images.split(size), steps.split(size), strict=True))
 
 
 def _train(trainer: Any, scheduler: Any, sample: _Sample, seconds: dict[str, float]) -> list[Tensor]:
@@ -394,7 +400,7 @@ def _warnings(trainer: Any, report: PreflightReport) -> list[str]:
             f"paper's is {NATS}: {effect} update will be clipped. Use epsilon={NATS / elements:.1e}."
         )
     if report.ratio is not None and report.ratio.share >= 0.1:
-        size = _pass_size(args, _trained_steps(trainer))
+        size = report.replay_batch_size or _pass_size(args, _trained_steps(trainer))
         found.append(
             f"Rounding moves the ratio by up to {report.ratio.share:.0%} of the clip range. Sample and replay in "
             f"batches of one size (sample_batch_size={size}, replay_batch_size={size}), or compute in float32."
@@ -434,4 +440,11 @@ def _pass_size(args: Any, trained_steps: int) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(part.nbytes for tensor in tensors for part in _parts(tensor))
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """What a quantised tensor of torchao holds; its own `nbytes` is that of the numbers it stands for."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]  # type: ignore[attr-defined]

@@ -74,6 +74,8 @@ class PreflightReport:
             rewards, evaluations and the optimizer's own arithmetic.
         ratio ([`RatioCheck`], *optional*): The ratio before the first update.
         warnings (`list[str]`): What should be changed, and to what.
+        replay_batch_size (`int`, *optional*): Transitions in one pass of training that were found to fit into memory,
+            where [`MixGRPOConfig`] leaves that open, on an accelerator.
     """
 
     batch: list[str]
@@ -87,6 +89,7 @@ class PreflightReport:
     seconds: dict[str, float] = field(default_factory=dict)
     ratio: RatioCheck | None = None
     warnings: list[str] = field(default_factory=list)
+    replay_batch_size: int | None = None
 
     @property
     def nfe_amortized(self) -> float:

@@ -235,8 +235,8 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
                 "below 1: timesteps are used as given. Pass `sigmas` instead."
             )
 
-        # 2. The parent's schedule, compressed if need be
-        super().set_timesteps(device=device, **arguments)
+        # 2. The parent's schedule, compressed if need be: on the host, which then waits for no device
+        super().set_timesteps(**arguments)
         self._schedule_arguments = {**arguments, "device": device}
         prefix = _compressed_length(self.config.prefix_ratio, start)
         suffix = _compressed_length(self.config.suffix_ratio, total - stop)
@@ -247,6 +247,14 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         # 3. Begin a new record and a new solver history
         self._window_log_probs = []
         self._solver = self._make_solver()
+
+        # 4. To the device once, so that no step copies anything there
+        if device is not None:
+            no_wait = torch.device(device).type != "mps"  # where it may read freed memory (pytorch issue 189690)
+            self.timesteps = self.timesteps.to(device, non_blocking=no_wait)
+            self.sigmas = self.sigmas.to(device, non_blocking=no_wait)
+            if self._solver is not None:
+                self._solver.sigmas = self._solver.sigmas.to(device, non_blocking=no_wait)
 
     def _compress(self, start: int, stop: int, prefix: int, suffix: int) -> None:
         """Replaces the points before `start` by `prefix` points, and those from `stop` on by `suffix`."""
@@ -276,9 +284,9 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
             shifted = self.stretch_shift_to_terminal(shifted)
 
         # 4. Steps that the two schedules share keep their noise level to the last bit
-        old = self.sigmas.cpu().numpy()
+        old = self.sigmas.numpy()
         new = np.where(position % 1 == 0, old[position.astype(int)], shifted[:-1]).astype(np.float32)
-        self.sigmas = torch.from_numpy(np.append(new, np.float32(0))).to(self.sigmas.device)
+        self.sigmas = torch.from_numpy(np.append(new, np.float32(0)))
         self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
         self.num_inference_steps = len(self.timesteps)
 
@@ -396,7 +404,7 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         return prev_sample.to(model_output.dtype)
 
     def _make_solver(self) -> SchedulerMixin | None:
-        """diffusers' multistep scheduler with the noise levels of this run and an empty history."""
+        """diffusers' multistep scheduler with the noise levels of this run, on the host, and an empty history."""
         if self.config.ode_solver == "euler":
             return None
         options = {
@@ -408,8 +416,7 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         if self.config.ode_solver == "unipc":
             solver = UniPCMultistepScheduler(**options)
             # It steps off sigma == 1 by a millionth, where its corrector would be singular.
-            solver.set_timesteps(sigmas=self.sigmas[:-1].cpu().numpy())
-            solver.sigmas = solver.sigmas.to(self.sigmas.device)
+            solver.set_timesteps(sigmas=self.sigmas[:-1].numpy())
         else:
             solver = DPMSolverMultistepScheduler(solver_type=self.config.solver_type, **options)
             solver.set_timesteps(len(self.timesteps))

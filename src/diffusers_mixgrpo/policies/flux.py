@@ -16,7 +16,11 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from torch import nn
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # Attention and feed-forward projections: the layers that diffusers' own FLUX LoRA training script adapts, and the
 # feed-forward input of the single-stream blocks.
@@ -95,8 +99,9 @@ class FluxPolicy:
             Number of T5 tokens that a prompt is padded or cut to.
 
     Attributes:
-        ode_cache (a cache configuration of diffusers, *optional*):
-            Taken inside [`cached`], where a rollout takes its deterministic steps.
+        encoded ([`PromptEmbeds`], *optional*):
+            The tensors of prompts that are encoded already, where [`encode`] looks first. With it the text encoders
+            are on the CPU, and come to the device for other prompts only.
 
     Raises:
         `TypeError`: If `pipe` is not a `FluxPipeline`.
@@ -131,7 +136,7 @@ class FluxPolicy:
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
-        self.ode_cache: Any = None
+        self.encoded: Any = None
         self._cached_image_ids: torch.Tensor | None = None
 
     @property
@@ -144,17 +149,59 @@ class FluxPolicy:
         patch = 2 * self.pipe.vae_scale_factor
         return (self.height // patch) * (self.width // patch), self.pipe.transformer.config.in_channels
 
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """What [`encode`] computes with, and nothing else does, by its name in the pipeline."""
+        return {name: getattr(self.pipe, name) for name in ("text_encoder", "text_encoder_2")}
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        return {name: getattr(self.pipe, name) for name in ("tokenizer", "tokenizer_2")}
+
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> FluxConditioning:
-        """Encode `B` prompts with the pipeline's two text encoders."""
-        return FluxConditioning(
-            *self.pipe.encode_prompt(
-                prompt=list(prompts),
-                prompt_2=None,
-                device=self.device,
-                max_sequence_length=self.max_sequence_length,
+    def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> FluxConditioning:
+        """
+        Encode `B` prompts with the pipeline's two text encoders, or take them from `encoded` if all are in it.
+
+        Args:
+            prompts (`Sequence[str]` of length `B`): The prompts.
+            device (`torch.device`, *optional*): Where to encode them. Defaults to the transformer's device.
+        """
+        device = self.device if device is None else device
+        if self.encoded is not None and all(prompt in self.encoded for prompt in prompts):
+            rows = [self.encoded[prompt] for prompt in prompts]
+            embeds, pooled = (torch.cat([r[name] for r in rows]) for name in ("prompt_embeds", "pooled_prompt_embeds"))
+            return FluxConditioning(embeds, pooled, rows[0]["text_ids"]).to(device)
+        with contextlib.nullcontext() if self.encoded is None else self.text_encoders_on(device):
+            return FluxConditioning(
+                *self.pipe.encode_prompt(
+                    prompt=list(prompts),
+                    prompt_2=None,
+                    device=device,
+                    max_sequence_length=self.max_sequence_length,
+                )
             )
-        )
+
+    @contextlib.contextmanager
+    def text_encoders_on(self, device: torch.device) -> Iterator[None]:
+        """Have the text encoders on `device`, and on the CPU afterwards."""
+        self.move_text_encoders(device)
+        try:
+            yield
+        finally:
+            self.move_text_encoders("cpu")
+
+    def move_text_encoders(self, device: torch.device | str) -> None:
+        """Move the text encoders, but for those that accelerate's hooks move and those that cannot be moved."""
+        for name, encoder in self.text_encoders.items():
+            if hasattr(encoder, "_hf_hook"):
+                continue
+            try:
+                encoder.to(device)
+            except ValueError as error:  # transformers about some quantised models
+                logger.warning_once(f"The pipeline's `{name}` stays on {encoder.device}: {error}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # else the allocator keeps what they took
 
     def initial_latents(self, seeds: Sequence[int | torch.Generator]) -> torch.Tensor:
         """
@@ -238,18 +285,6 @@ class FluxPolicy:
                 return_dict=False,
             )[0]
         return velocity.to(latents.dtype)
-
-    @contextlib.contextmanager
-    def cached(self) -> Iterator[None]:
-        """Switch the cache `ode_cache` on, with nothing in it, and off again."""
-        if self.ode_cache is None:
-            yield
-            return
-        self.pipe.transformer.enable_cache(self.ode_cache)
-        try:
-            yield
-        finally:
-            self.pipe.transformer.disable_cache()
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, batch_size: int | None = None) -> list[Any]:
