@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 _EXACT: dict[str, Any] = {"merge_lora": True}
-_APPROXIMATE: dict[str, Any] = {"replay_top_k": 3, "prefix_ratio": 0.4, **_FLASH_SOLVER}
+_APPROXIMATE: dict[str, Any] = {"replay_top_k": 2, "prefix_ratio": 0.4, **_FLASH_SOLVER}
 _APPROXIMATE |= {
     "ode_cache": {
         "name": "TaylorSeerCacheConfig",
