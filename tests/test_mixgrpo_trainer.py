@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import build_pipeline
+from conftest import build_pipeline, redness
 from diffusers import EulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from huggingface_hub import ModelCard
 from peft import LoraConfig
@@ -20,11 +20,6 @@ from diffusers_mixgrpo.prepare_pipeline import make_scheduler
 
 
 PROMPTS = [{"prompt": text, "tag": i} for i, text in enumerate(["a cat", "two dogs", "sea", "red", "blue tree"])]
-
-
-def redness(prompts, images, **columns):
-    pixels = np.stack([np.asarray(image, dtype=float) for image in images]) / 255
-    return (pixels[..., 0] - pixels[..., 1]).mean((1, 2)).tolist()
 
 
 class Recorder:

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import redness
 from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
 
@@ -13,11 +14,6 @@ from diffusers_mixgrpo.preflight import preflight
 
 
 PROMPTS = [{"prompt": text} for text in ("a cat", "two dogs", "sea", "red", "blue tree")]
-
-
-def redness(prompts, images, **columns):
-    pixels = np.stack([np.asarray(image, dtype=float) for image in images]) / 255
-    return (pixels[..., 0] - pixels[..., 1]).mean((1, 2)).tolist()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import redness
 from diffusers import FluxPipeline
 from diffusers.models import attention_dispatch
 from peft import LoraConfig
@@ -28,11 +29,6 @@ NF4 = {
     "quant_kwargs": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"},
     "components_to_quantize": "transformer",
 }
-
-
-def redness(prompts, images, **columns):
-    pixels = np.stack([np.asarray(image, dtype=float) for image in images]) / 255
-    return (pixels[..., 0] - pixels[..., 1]).mean((1, 2)).tolist()
 
 
 @pytest.fixture

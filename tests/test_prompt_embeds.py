@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import build_pipeline
+from conftest import build_pipeline, redness
 from diffusers import FluxPipeline
 from peft import LoraConfig
 from transformers import CLIPTokenizer, T5EncoderModel
@@ -243,11 +243,6 @@ def test_encoders_that_stay(tiny_pipe):
 
 
 # ---- Training ----
-
-
-def redness(prompts, images, **columns):
-    pixels = np.stack([np.asarray(image, dtype=float) for image in images]) / 255
-    return (pixels[..., 0] - pixels[..., 1]).mean((1, 2)).tolist()
 
 
 def make_trainer(tmp_path, cached, pipe=None, evaluation=("fog", "a cat"), prompts=PROMPTS, **kwargs):
