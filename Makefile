@@ -2,34 +2,48 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Test processes, each with one thread: as many as there are cores, or 0 for none beside the main one
+JOBS ?= auto
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --durations=15
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all quality docs clean
+# Instruction sets and numbers of threads that `make test-isa` runs the tests with
+ISA := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE \
+	OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 OMP_NUM_THREADS=4
+ISA += $(shell grep -qs avx512f /proc/cpuinfo && echo ATEN_CPU_CAPABILITY=avx512)
+
+.PHONY: demo test test-all test-isa quality docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train_flux_mixgrpo.py $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(PYTEST) -m "slow or not slow" $(ARGS)
+
+test-isa: $(VENV)/.test
+	for setting in $(ISA); do \
+		echo "== $$setting"; \
+		env OMP_WAIT_POLICY=passive $$setting $(PYTEST) $(ARGS) || exit 1; \
+	done
 
 quality: $(VENV)/.quality
 	$(BIN)/ruff check src examples tests
 	$(BIN)/ruff format --check src examples tests
 	$(BIN)/mypy
 
-# The figures of docs/theory.md and docs/windows.md; those of the other pages come from the commands that these name.
+# The figures of docs/theory.md and docs/windows.md. Each other page names the command that makes its figures.
 docs: $(VENV)/.installed
-	$(BIN)/python examples/theory_plots.py --output docs/images
+	$(BIN)/python examples/studies/theory_plots.py --output docs/images
 
 # torch is installed first and by its exact version, so that nothing pulls in another build of it.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed: make PYTHON=...'"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.installed

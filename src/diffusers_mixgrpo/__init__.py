@@ -1,28 +1,31 @@
 """MixGRPO for diffusers: online reinforcement learning of flow-matching pipelines on a sliding window of steps."""
 
-from .advantages import compute_advantages
-from .hybrid_inference import HybridInferenceCallback
-from .kernels import gaussian_kl, gaussian_log_prob
+from .core.advantages import compute_advantages
+from .core.policy import Conditioning
+from .core.rollout import Trajectory, sample_trajectories
+from .core.transitions import gaussian_kl, gaussian_log_prob
+from .core.window_schedule import WindowSchedule
+from .hybrid_inference import hybrid_inference
 from .mixgrpo_config import MixGRPOConfig
 from .mixgrpo_trainer import MixGRPOTrainer
-from .policies import FluxPolicy
-from .preflight_report import PreflightReport
-from .reward_calls import RewardError
+from .policies import PipelinePolicy, policy_class
 from .rewards import load_reward
-from .rollout import Trajectory, replay_log_probs, sample_trajectories
+from .rewards.runner import RewardError
 from .scheduling_mixed_ode_sde import MixedODESDEScheduler, MixedODESDESchedulerOutput
-from .window_schedule import WindowSchedule
+from .training.engine import Engine
+from .training.preflight_report import PreflightReport
 
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "FluxPolicy",
-    "HybridInferenceCallback",
+    "Conditioning",
+    "Engine",
     "MixGRPOConfig",
     "MixGRPOTrainer",
     "MixedODESDEScheduler",
     "MixedODESDESchedulerOutput",
+    "PipelinePolicy",
     "PreflightReport",
     "RewardError",
     "Trajectory",
@@ -30,7 +33,8 @@ __all__ = [
     "compute_advantages",
     "gaussian_kl",
     "gaussian_log_prob",
+    "hybrid_inference",
     "load_reward",
-    "replay_log_probs",
+    "policy_class",
     "sample_trajectories",
 ]

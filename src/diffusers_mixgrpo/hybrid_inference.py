@@ -1,188 +1,167 @@
-"""Hybrid inference: the trained model takes the first steps of a picture, the base model the rest."""
+"""Hybrid inference: the trained model takes the first denoising steps of an image, the base model the rest."""
 
 import math
-import sys
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
-from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.callbacks import PipelineCallback
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
 
 
-HOOK_NAME = "hybrid_inference"
+@dataclass
+class ForwardPasses:
+    """
+    Number of forward passes of each model inside [`hybrid_inference`].
+
+    Attributes:
+        trained (`int`): Forward passes of the trained model.
+        base (`int`): Forward passes of the base model.
+    """
+
+    trained: int = 0
+    base: int = 0
 
 
-class HybridInferenceCallback(PipelineCallback):
+@contextmanager
+def hybrid_inference(
+    pipe: DiffusionPipeline, trained_ratio: float = 0.8, base_transformer: ModelMixin | None = None
+) -> Iterator[ForwardPasses]:
     r"""
-    Lets the base model finish what the trained model began, as a guard against reward hacking.
+    Context in which the base model finishes the images that the trained model begins, as a guard against reward
+    hacking.
 
-    The trained model takes the first `cutoff_step_ratio` of the steps, which settle the composition; the base model
-    takes the others, which add the detail where reward hacking shows (MixGRPO, https://arxiv.org/abs/2507.21802, 80%).
-    At ratio 1 the images are those of the trained model, at ratio 0 those of the base model.
+    The trained model takes the first `trained_ratio` of the denoising steps of each pipeline call, which settle the
+    composition. The base model takes the rest, which add the detail where reward hacking shows (MixGRPO,
+    https://huggingface.co/papers/2507.21802, uses 80%). At ratio 1 the images are those of the trained model, at
+    ratio 0 those of the base model. All forward passes of a step, such as the two of classifier-free guidance, go to
+    the same model.
 
-    The base model is the pipeline's transformer without its LoRA, or, after full fine-tuning, `base_transformer`. It
-    stands in for single forward passes: those that a pipeline call with this callback makes at or after the cutoff.
-    Between them the LoRA is on. So a run that raises, or is interrupted, leaves nothing to repair.
+    The base model is the pipeline's transformer without its LoRA or, after full fine-tuning, `base_transformer`. The
+    LoRA is off only during a forward pass of the base model, so a call that raises or is interrupted leaves the
+    pipeline as it was.
 
     Args:
-        cutoff_step_ratio (`float`, *optional*, defaults to 0.8):
-            Share of the steps that the trained model takes, in [0, 1]. Whole steps, rounded down, but at least one
-            unless it is 0.
+        pipe ([`DiffusionPipeline`]):
+            A pipeline with a `transformer` and a `scheduler` that counts its steps in `step_index`.
+        trained_ratio (`float`, *optional*, defaults to 0.8):
+            Share of the denoising steps that the trained model takes, in [0, 1]. It is rounded down to whole steps,
+            but to no less than one step unless it is 0.
         base_transformer ([`ModelMixin`], *optional*):
-            The transformer from before training, on the pipeline's device and in its dtype. If `None`, the pipeline's
-            own with all its LoRA layers off.
-        cutoff_step_index (`int`, *optional*):
-            First step of the base model, instead of a ratio; needs `cutoff_step_ratio=None`.
+            The transformer before training, on the pipeline's device and in its dtype. If `None`, the pipeline's own
+            transformer with all its LoRA layers off.
+
+    Yields:
+        [`ForwardPasses`]: The number of forward passes that each model has made so far.
 
     Raises:
-        `ValueError`: For a cutoff out of its range, or, in the run, if there is no base model: neither an active LoRA
-        in the pipeline's transformer nor a `base_transformer`.
+        `ValueError`: If `trained_ratio` is not a number in [0, 1], if it is below 1 and there is no base model (no
+            `base_transformer`, and no active LoRA that is not fused), or if the pipeline is inside another
+            `hybrid_inference`.
 
     Example:
 
     ```py
-    >>> pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16).to("cuda")
+    >>> pipe = DiffusionPipeline.from_pretrained("path/to/pipeline", torch_dtype=torch.bfloat16).to("cuda")
     >>> pipe.load_lora_weights("path/to/lora")
-    >>> image = pipe(prompt, callback_on_step_end=HybridInferenceCallback(cutoff_step_ratio=0.8)).images[0]
+    >>> with hybrid_inference(pipe, 0.8) as passes:
+    ...     image = pipe(prompt, num_inference_steps=25).images[0]
+    >>> passes
+    ForwardPasses(trained=20, base=5)
     ```
     """
+    transformer = pipe.transformer
+    _check_arguments(transformer, trained_ratio, base_transformer)
+    passes = ForwardPasses()
+    # The calls of a module go through this attribute, which `Module.compile` sets too. Unlike `forward`, it is not
+    # replaced by offloading and caching hooks, some of which are removed and added again after each pipeline call.
+    compiled_call = transformer._compiled_call_impl
+    call = compiled_call or transformer._call_impl
+    transformer._compiled_call_impl = _HybridCall(pipe, transformer, call, trained_ratio, base_transformer, passes)
+    try:
+        yield passes
+    finally:
+        transformer._compiled_call_impl = compiled_call
 
-    tensor_inputs: list[str] = []
 
-    def __init__(
-        self,
-        cutoff_step_ratio: float | None = 0.8,
-        base_transformer: ModelMixin | None = None,
-        cutoff_step_index: int | None = None,
-    ):
-        if cutoff_step_ratio is not None:
-            if not 0 <= cutoff_step_ratio <= 1:
-                raise ValueError(f"`cutoff_step_ratio` must be in [0, 1], but is {cutoff_step_ratio!r}.")
-            cutoff_step_ratio = float(cutoff_step_ratio)
-        if cutoff_step_index is not None and cutoff_step_index < 0:
-            raise ValueError(f"`cutoff_step_index` must be >= 0, but is {cutoff_step_index!r}.")
-        super().__init__(cutoff_step_ratio=cutoff_step_ratio, cutoff_step_index=cutoff_step_index)
-        self.base_transformer = base_transformer
-        if 0 in (cutoff_step_ratio, cutoff_step_index):
-            # A pipeline lets a callback know of a run when the first step is over. That step can only be the base
-            # model's through a hook that sees every module, which lives no longer than the callback.
-            handle = register_module_forward_hook(_FirstStepHook(self), with_kwargs=True)
-            weakref.finalize(self, handle.remove)
+@dataclass
+class _HybridCall:
+    """Stands in for the call of a pipeline's transformer, and selects the model that makes the forward pass."""
 
-    def cutoff_step(self, num_timesteps: int) -> int:
-        """The first step of the base model in a run of `num_timesteps` steps."""
-        if self.config.cutoff_step_index is not None:
-            return self.config.cutoff_step_index
-        ratio = self.config.cutoff_step_ratio
-        # 0.29 * 100 is 28.999999999999996; it is 29 steps all the same.
-        return max(math.floor(round(ratio * num_timesteps, 6)), int(ratio > 0))
+    pipe: DiffusionPipeline
+    transformer: ModelMixin
+    transformer_call: Callable[..., Any]
+    trained_ratio: float
+    base_transformer: ModelMixin | None
+    passes: ForwardPasses
 
-    def callback_fn(
-        self, pipeline: DiffusionPipeline, step_index: int, timesteps: Any, callback_kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        cutoff, last = self.cutoff_step(pipeline.num_timesteps), pipeline.num_timesteps - 1
-        if step_index == 0 and cutoff <= last:
-            self._check_base(pipeline.transformer)
-        registry = HookRegistry.check_if_exists_or_initialize(pipeline.transformer)
-        if step_index == last:
-            registry.remove_hook(HOOK_NAME, recurse=False)
-        elif step_index + 1 >= cutoff and registry.get_hook(HOOK_NAME) is None:
-            registry.register_hook(_BaseModelHook(self, pipeline), HOOK_NAME)
-        return callback_kwargs
-
-    def base_forward(self, transformer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward pass; `forward` is the trained `transformer`'s own."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_trained_step(self.pipe.scheduler, self.trained_ratio):
+            self.passes.trained += 1
+            return self.transformer_call(*args, **kwargs)
+        self.passes.base += 1
         if self.base_transformer is not None:
             return self.base_transformer(*args, **kwargs)
-        self._check_base(transformer)
-        with _adapters_off(transformer):
-            return forward(*args, **kwargs)
-
-    def running_pipeline(self) -> DiffusionPipeline | None:
-        """
-        The pipeline whose call, with this callback, we are inside of.
-
-        A pipeline never tells a callback that a run ended, least of all that it raised. The call stack does.
-        """
-        frame = sys._getframe(1)
-        while frame is not None:
-            if "callback_on_step_end" in frame.f_code.co_varnames:
-                callback = frame.f_locals.get("callback_on_step_end")
-                pipeline = frame.f_locals.get("self")
-                # several callbacks come as one `MultiPipelineCallbacks`
-                is_ours = callback is self or any(each is self for each in getattr(callback, "callbacks", ()))
-                if is_ours and isinstance(pipeline, DiffusionPipeline):
-                    return pipeline
-            frame = frame.f_back  # type: ignore[assignment]
-        return None
-
-    def _check_base(self, transformer: nn.Module) -> None:
-        if self.base_transformer is None and not _active_adapters(transformer):
-            raise ValueError(
-                "`base_transformer` is None, but the pipeline's transformer has no active LoRA to switch off either: "
-                "load one with `load_lora_weights`, or pass the transformer from before full fine-tuning."
-            )
+        with _lora_off(self.transformer):
+            return self.transformer_call(*args, **kwargs)
 
 
-class _BaseModelHook(ModelHook):
-    """Sits on the pipeline's transformer from the cutoff to the end of the run; goes by itself if the run raised."""
-
-    def __init__(self, callback: HybridInferenceCallback, pipeline: DiffusionPipeline):
-        super().__init__()
-        self.callback = callback
-        self.pipeline = pipeline
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward = self.fn_ref.original_forward
-        # Another caller, or a first step: then the hook is left over from a run that raised.
-        if self.callback.running_pipeline() is self.pipeline and not _at_first_step(self.pipeline):
-            return self.callback.base_forward(module, forward, *args, **kwargs)
-        HookRegistry.check_if_exists_or_initialize(module).remove_hook(HOOK_NAME, recurse=False)
-        return forward(*args, **kwargs)
+def num_trained_steps(trained_ratio: float, num_steps: int) -> int:
+    """Number of steps, of `num_steps`, that the trained model takes."""
+    # 0.29 * 100 is 28.999999999999996 in floating point, which must count as 29.
+    steps = math.floor(round(trained_ratio * num_steps, 6))
+    return max(steps, int(trained_ratio > 0))
 
 
-class _FirstStepHook:
-    """Replaces what the trained transformer returns at the first step, at the price of one forward pass more."""
-
-    def __init__(self, callback: HybridInferenceCallback):
-        self.callback = weakref.ref(callback)
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        callback = self.callback()
-        if callback is None or not isinstance(module, ModelMixin) or module is callback.base_transformer:
-            return None
-        pipeline = callback.running_pipeline()
-        if pipeline is None or module is not pipeline.transformer or not _at_first_step(pipeline):
-            return None
-        return callback.base_forward(module, module.forward, *args, **kwargs)
+def _is_trained_step(scheduler: SchedulerMixin, trained_ratio: float) -> bool:
+    # An image-to-image pipeline skips the steps before `begin_index`.
+    first_step = scheduler.begin_index or 0
+    # The index is None until the scheduler has made its first step.
+    step = first_step if scheduler.step_index is None else scheduler.step_index
+    return step - first_step < num_trained_steps(trained_ratio, len(scheduler.timesteps) - first_step)
 
 
-def _at_first_step(pipeline: DiffusionPipeline) -> bool:
-    return getattr(pipeline.scheduler, "step_index", None) is None
+def _check_arguments(transformer: ModelMixin, trained_ratio: float, base_transformer: ModelMixin | None) -> None:
+    if not isinstance(trained_ratio, Real) or not 0 <= trained_ratio <= 1:
+        raise ValueError(f"`trained_ratio` must be in [0, 1], got {trained_ratio!r}.")
+    if isinstance(transformer._compiled_call_impl, _HybridCall):
+        raise ValueError(
+            "`pipe` must be outside of `hybrid_inference`, got a pipeline that is inside. Leave that context first."
+        )
+    if base_transformer is transformer:
+        raise ValueError(
+            "`base_transformer` must be the transformer before training, got the pipeline's own. Load it a second "
+            "time, or leave `base_transformer` out to switch the LoRA off."
+        )
+    if trained_ratio < 1 and base_transformer is None and not _active_lora_layers(transformer):
+        raise ValueError(
+            "`base_transformer` must be the transformer before training if the pipeline has no active LoRA, got None. "
+            "Load a LoRA with `load_lora_weights` (and do not fuse it), or pass `base_transformer`."
+        )
 
 
-def _active_adapters(model: nn.Module) -> list[BaseTunerLayer]:
-    return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters]
+def _active_lora_layers(transformer: ModelMixin) -> list[BaseTunerLayer]:
+    """The LoRA layers that can be switched off and on again. A fused one cannot: its weights would be rounded."""
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    return [layer for layer in layers if layer.active_adapters and not layer.disable_adapters and not layer.merged]
 
 
 @contextmanager
-def _adapters_off(model: nn.Module) -> Iterator[None]:
+def _lora_off(transformer: ModelMixin) -> Iterator[None]:
     """Switches off the LoRA layers that are on, and leaves everything as it was."""
-    layers = _active_adapters(model)
-    # peft lets `requires_grad` follow the switch; a frozen LoRA is not to come back as a trainable one.
-    flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]  # type: ignore[attr-defined]
-    for layer in layers:
-        layer.enable_adapters(False)
+    layers = _active_lora_layers(transformer)
+    # peft changes `requires_grad` with the switch, which would unfreeze a frozen LoRA.
+    parameters: list[nn.Parameter] = [parameter for layer in layers for parameter in layer.parameters()]
+    requires_grad = [parameter.requires_grad for parameter in parameters]
     try:
+        for layer in layers:
+            layer.enable_adapters(False)
         yield
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-        for parameter, flag in flags:
+        for parameter, flag in zip(parameters, requires_grad, strict=True):
             parameter.requires_grad_(flag)

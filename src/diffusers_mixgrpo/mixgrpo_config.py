@@ -1,21 +1,59 @@
-"""[`MixGRPOConfig`]: everything that [`MixGRPOTrainer`] can be told, with the paper's values as defaults."""
+"""[`MixGRPOConfig`]: the arguments of [`MixGRPOTrainer`], with the paper's values as defaults."""
 
+import math
+import numbers
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
+import diffusers
 from diffusers.models.attention_dispatch import AttentionBackendName
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from .advantages import AGGREGATIONS, SCALINGS
+from .core.advantages import AGGREGATIONS, SCALINGS
+from .core.window_schedule import WindowSchedule, WindowStrategy
 from .presets import PRESETS
-from .window_schedule import WindowSchedule
+from .scheduling_mixed_ode_sde import MixedODESDEScheduler
+
+
+# Arguments that must be integers of 1 or more, and those that may also be None
+_COUNTS = (
+    "height",
+    "width",
+    "num_inference_steps",
+    "max_sequence_length",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_iterations",
+    "num_logged_images",
+    "window_interval",
+    "window_stride",
+    "window_min_interval",
+)
+_OPTIONAL_COUNTS = (
+    "sample_batch_size",
+    "decode_batch_size",
+    "replay_batch_size",
+    "eval_num_inference_steps",
+    "logging_images_steps",
+    "replay_top_k",
+)
+# Arguments that must be finite numbers greater than 0, and those that may also be None
+_POSITIVE = ("epsilon", "eta")
+_OPTIONAL_POSITIVE = ("epsilon_high", "advantage_clip", "shift", "reward_timeout")
+# Arguments that must be numbers in (0, 1]
+_SHARES = ("prefix_ratio", "suffix_ratio", "window_train_fraction")
+_QUANTIZATION_KEYS = ("quant_backend", "quant_kwargs", "components_to_quantize")
 
 
 @dataclass
 class MixGRPOConfig(TrainingArguments):
     r"""
-    Arguments of [`MixGRPOTrainer`], beside those of [`~transformers.TrainingArguments`].
+    Arguments of [`MixGRPOTrainer`], in addition to those of [`~transformers.TrainingArguments`].
 
     One *iteration* samples `num_generations` images of each of a few prompts, scores them, and trains on the window of
     stochastic steps. The batch arithmetic is TRL's, with images in the place of completions: an iteration samples
@@ -28,18 +66,18 @@ class MixGRPOConfig(TrainingArguments):
         > Arguments of the sampler
 
         height (`int`, defaults to 720):
-            Height of the training pictures in pixels.
+            Height of the training images in pixels.
         width (`int`, defaults to 720):
-            Width of the training pictures in pixels.
+            Width of the training images in pixels.
         num_inference_steps (`int`, defaults to 25):
             Sampling steps `T`.
         guidance_scale (`float`, defaults to 3.5):
-            Guidance given to the transformer.
+            Guidance scale, as in the pipeline's `__call__`.
         max_sequence_length (`int`, defaults to 512):
-            T5 tokens per prompt.
+            Text tokens per prompt.
         shift (`float`, *optional*):
             Static timestep shift, in training and evaluation. `None` keeps the times at which the pipeline's own
-            scheduler samples (for FLUX.1-dev a shift that depends on the picture's size), so that the policy is
+            scheduler samples (for many models a shift that depends on the image size), so that the policy is
             trained as a stock pipeline will use it. The paper's runs used 3.0.
         sde_type (`str`, defaults to `"flow"`):
             Kind of stochastic step inside the window: `"flow"`, `"dance"`, `"cps"` or `"dpm"`.
@@ -59,14 +97,14 @@ class MixGRPOConfig(TrainingArguments):
         sample_batch_size (`int`, *optional*):
             Images per forward pass while sampling. `None`: all of an iteration at once.
         ode_cache (`dict`, *optional*):
-            One of diffusers' caches for the steps outside the window, by the name of its configuration and the
-            arguments of that: `{"name": "TaylorSeerCacheConfig", "cache_interval": 2, "disable_cache_before_step": 1,
-            "use_lite_mode": true}`. An approximation of the ODE; the window, its log-probs, the replay and
-            evaluations never see it.
+            One of diffusers' caches for the steps outside the window, by the name of its configuration class and
+            the arguments of that class: `{"name": "TaylorSeerCacheConfig", "cache_interval": 2,
+            "disable_cache_before_step": 1, "use_lite_mode": true}`. An approximation of the ODE; the window, its
+            log-probs, the replay and evaluations do not use it.
         merge_lora (`bool`, defaults to `False`):
             Add the LoRA to copies of the weights for the steps outside the window, instead of computing it beside
-            them. Exact up to rounding in the dtype of the weights, so in bfloat16 an approximation. Takes the memory
-            of the adapted weights a second time while sampling.
+            them. Exact up to rounding in the dtype of the weights, so an approximation in bfloat16. While sampling,
+            the adapted weights take their memory a second time.
         decode_batch_size (`int`, *optional*):
             Images decoded at once by the VAE. `None`: as `sample_batch_size`.
 
@@ -76,9 +114,9 @@ class MixGRPOConfig(TrainingArguments):
             How the window moves with the iterations: `"progressive"`, `"exp_decay"`, `"linear_decay"`, `"random"` or
             `"frozen"`; see [`WindowSchedule`].
         window_size (`int`, defaults to 4):
-            Stochastic steps `w`. -1 (or `"all"` in Python) stands for all steps but the last.
+            Stochastic steps `w`. -1 (or `"all"` in Python) means all steps except the last.
         window_start (`int`, defaults to 0):
-            Where a `"frozen"` window is.
+            First step of a `"frozen"` window.
         window_interval (`int`, defaults to 25):
             Iterations `tau` that the window stays in one place.
         window_stride (`int`, defaults to 1):
@@ -98,22 +136,22 @@ class MixGRPOConfig(TrainingArguments):
             Weight of each reward function, scaled so that they sum to 1. A reward of weight 0 is only logged. `None`:
             equal weights.
         multi_objective_aggregation (`str`, defaults to `"normalize_then_sum"`):
-            `"normalize_then_sum"` normalises each reward in its group before they are summed, as the paper does, so
-            that no reward dominates by its scale; unlike TRL's option of this name the sum is not normalised again.
-            `"sum_then_normalize"`, TRL's default, normalises the weighted sum of the rewards.
+            `"normalize_then_sum"` normalizes each reward in its group before they are summed, as the paper does, so
+            that no reward dominates by its scale; unlike TRL's option of this name the sum is not normalized again.
+            `"sum_then_normalize"`, TRL's default, normalizes the weighted sum of the rewards.
         scale_rewards (`str`, defaults to `"group"`):
             Divide by the standard deviation within the `"group"`, over the whole `"batch"`, or not at all (`"none"`).
         advantage_clip (`float`, *optional*, defaults to 5.0):
             Advantages are limited to plus and minus this. TRL does not clip them.
         reward_init_kwargs (`dict`, *optional*):
-            Arguments of rewards that the trainer is given by name: `{"hpsv2": {"version": "v2.0"}}`.
+            Arguments of rewards that are given by name: `{"hpsv2": {"version": "v2.0"}}`.
         reward_timeout (`float`, *optional*):
             Seconds that one call of a reward function may take before its images count as not scored.
         offload_rewards (`bool`, defaults to `False`):
             Keep reward models on the CPU while the policy samples and trains.
         max_reward_failure_rate (`float`, defaults to 0.5):
-            Stop, with what was trained saved, when a reward could not score more than this share of an iteration's
-            images. Up to there such images are left out of their group.
+            Save and stop when a reward could not score more than this share of an iteration's images. Below it,
+            such images are left out of their group.
 
         > Arguments of the objective
 
@@ -126,18 +164,18 @@ class MixGRPOConfig(TrainingArguments):
             Passes over the images of one iteration.
         epsilon (`float`, defaults to 1e-4):
             Clip range of the ratio `exp(log_prob_new - log_prob_old)`, 0.2 in TRL. Here a log-prob is the *mean* over
-            all latent elements of a picture, not their sum, so the number depends on the size of the picture: at
-            720x720 on FLUX there are 129,600 of them, and 1e-4 in the mean is 13 nats in the log-ratio of the whole
-            transition. On a toy of 512 elements the same 1e-4 is 0.05 nats, and nearly every step would be clipped.
-            For the same trust region elsewhere take `13 / number of latent elements`.
+            all latent elements of an image, not their sum, so the right value depends on the image size: at 720x720
+            the paper's model has 129,600 latent elements, and 1e-4 in the mean is 13 nats in the log-ratio of the
+            whole transition. On a toy of 512 elements the same 1e-4 is 0.05 nats, and nearly every step would be
+            clipped. For the same trust region, use `13 / number of latent elements`.
         epsilon_high (`float`, *optional*):
             Upper clip range, `epsilon` if `None`.
         beta (`float`, defaults to 0.0):
             Coefficient of the exact KL divergence of a window step from the reference model, also a mean over latent
             elements. The reference is the model without its LoRA, or a frozen copy in full fine-tuning. 0 needs none.
         replay_top_k (`int`, *optional*):
-            Replay only the `k` highest and the `k` lowest advantages of each group. An approximation; `None` replays
-            all whose advantage is not 0.
+            Replay only the images with the `k` highest and the `k` lowest advantages of each group. An approximation;
+            `None` replays all images whose advantage is not 0.
         reuse_rollout_graph (`bool`, defaults to `False`):
             Keep the graph of the window's forward passes during the rollout, so that training costs a backward pass
             only. The gradient is that of a replay. For one update per iteration (`steps_per_generation=1`,
@@ -145,47 +183,47 @@ class MixGRPOConfig(TrainingArguments):
         replay_batch_size (`int`, *optional*):
             Transitions (one image at one window step) per forward and backward pass in training. Gradients do not
             depend on it, memory does. `None`: all of a training batch at once, and if these do not fit on the
-            accelerator half of them, a quarter, ...: tried out before the first training batch of a run, by each
-            device for itself. With FSDP, DeepSpeed or on a CPU nothing is tried out: set it where memory is short.
+            accelerator half of them, a quarter, ...: each device searches for itself before the first training batch
+            of a run. There is no search with FSDP, with DeepSpeed or on a CPU: set it where memory is short.
 
         > Arguments of data, evaluation and logging
 
         shuffle_dataset (`bool`, defaults to `True`):
-            Whether prompts come in a random order, another one in each epoch.
+            Whether prompts come in a random order, a new one in each epoch.
         cache_prompt_embeds (`bool`, defaults to `False`):
             Encode the prompts of the run and of its evaluations beforehand, each alone, and keep them on disk in the
-            cache of datasets (`HF_DATASETS_CACHE`): about 4 MB per prompt for FLUX with 512 tokens in bfloat16. The
+            cache of datasets (`HF_DATASETS_CACHE`): about 4 MB per prompt for 512 tokens of a T5-XXL in bfloat16. The
             text encoders then leave the device; `pipe.to(device)` brings them back after training. A later run with
-            the same encoders encodes only prompts that are new.
+            the same encoders only encodes new prompts.
         eval_num_inference_steps (`int`, *optional*):
             Sampling steps in evaluation. `None`: as in training.
         eval_seed (`int`, defaults to 0):
-            Prompt number `i` of the evaluation set is always drawn with seed `eval_seed + i`.
+            Prompt `i` of the evaluation set is always sampled with seed `eval_seed + i`.
         logging_images_steps (`int`, *optional*):
-            Save a picture grid of the samples with their rewards every so many optimizer steps, in
-            `output_dir/images`. `None`: never.
+            Save a grid of the samples with their rewards to `output_dir/images` at this interval of optimizer steps.
+            `None`: never.
         num_logged_images (`int`, defaults to 16):
-            Pictures in such a grid.
+            Images in such a grid.
         model_init_kwargs (`dict`, *optional*):
-            Passed to `FluxPipeline.from_pretrained` when the trainer is given a path.
+            Passed to the pipeline's `from_pretrained` when the trainer is given a path.
 
-        > Arguments of speed and memory, which reach what diffusers has
+        > Arguments of speed and memory, which enable features of diffusers
 
         attention_backend (`str`, *optional*):
-            How the transformer computes attention, by diffusers' name: `"flash"`, `"sage"`, `"_native_cudnn"`, ...
-            `None` leaves it as it is.
+            The transformer's attention backend, by its name in diffusers: `"flash"`, `"sage"`, `"_native_cudnn"`, ...
+            `None` keeps the current one.
         compile_repeated_blocks (`bool`, defaults to `False`):
-            Compile the transformer's blocks with `torch.compile`, one of each kind. The `torch_compile` of
+            Compile the transformer's repeated blocks with `torch.compile`. The `torch_compile` of
             [`~transformers.TrainingArguments`] does not work here.
         quantization (`dict`, *optional*):
-            Load parts of the pipeline with quantised weights, for training a LoRA on them. `"quant_backend"`,
+            Load models of the pipeline with quantized weights, to train a LoRA on them. `"quant_backend"`,
             `"quant_kwargs"` and `"components_to_quantize"` as in diffusers' `PipelineQuantizationConfig`:
             `{"quant_backend": "bitsandbytes_4bit", "quant_kwargs": {"load_in_4bit": true, "bnb_4bit_quant_type":
             "nf4", "bnb_4bit_compute_dtype": "bfloat16"}, "components_to_quantize": ["transformer"]}`.
-            The `"quant_type"` of torchao is the name of a configuration of its own, `"Int8WeightOnlyConfig"`, or what
-            its `config_to_dict` gives.
+            The `"quant_type"` of torchao is the name of one of its configuration classes, such as
+            `"Int8WeightOnlyConfig"`, or the output of its `config_to_dict`.
         offload_vae (`bool`, defaults to `False`):
-            Keep the VAE on the CPU while nothing is decoded. It stays there after training; `pipe.to(device)` brings
+            Keep the VAE on the CPU except while it decodes. It stays there after training; `pipe.to(device)` brings
             it back.
 
     > [!NOTE]
@@ -193,10 +231,10 @@ class MixGRPOConfig(TrainingArguments):
     > - as in TRL: `logging_steps=10`, `remove_unused_columns=False` (other columns go to the rewards);
     > - from the paper: `learning_rate=1e-5` (of full fine-tuning; LoRAs usually take 1e-4 to 3e-4),
     >   `lr_scheduler_type="constant"`, `weight_decay=1e-4`, `per_device_train_batch_size=3`;
-    > - `bf16` is on where the GPU can do it and `fp16` is off; `output_dir="mixgrpo"`.
+    > - `bf16` is on where the GPU supports it and `fp16` is off; `output_dir="mixgrpo"`.
 
     Raises:
-        `ValueError`: If a value is out of its range or the batch arithmetic does not work out.
+        `ValueError`: If a value is out of range or the batch sizes do not fit together.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
@@ -207,25 +245,25 @@ class MixGRPOConfig(TrainingArguments):
     ]
 
     # Defaults that differ from TrainingArguments
-    output_dir: str = field(default="mixgrpo", metadata={"help": "Where checkpoints, weights and pictures go."})
+    output_dir: str = field(default="mixgrpo", metadata={"help": "Where checkpoints, weights and images are saved."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate scheduler."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
     per_device_train_batch_size: int = field(default=3, metadata={"help": "Images per device and training batch."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Log at this interval of optimizer steps."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: other columns than 'prompt' go to the reward functions."}
     )
     bf16: bool | None = field(  # type: ignore[assignment]  # resolved in __post_init__
-        default=None, metadata={"help": "bfloat16 autocast. If not set, on where the GPU has it and fp16 is off."}
+        default=None, metadata={"help": "bfloat16 autocast. If not set, on where the GPU supports it and fp16 is off."}
     )
 
     # The sampler
-    height: int = field(default=720, metadata={"help": "Height of the training pictures in pixels."})
-    width: int = field(default=720, metadata={"help": "Width of the training pictures in pixels."})
+    height: int = field(default=720, metadata={"help": "Height of the training images in pixels."})
+    width: int = field(default=720, metadata={"help": "Width of the training images in pixels."})
     num_inference_steps: int = field(default=25, metadata={"help": "Sampling steps T."})
-    guidance_scale: float = field(default=3.5, metadata={"help": "Guidance given to the transformer."})
-    max_sequence_length: int = field(default=512, metadata={"help": "T5 tokens per prompt."})
+    guidance_scale: float = field(default=3.5, metadata={"help": "Guidance scale, as in the pipeline's `__call__`."})
+    max_sequence_length: int = field(default=512, metadata={"help": "Text tokens per prompt."})
     shift: float | None = field(
         default=None,
         metadata={"help": "Static timestep shift (the paper's runs: 3). If not set, the pipeline's own schedule."},
@@ -237,7 +275,7 @@ class MixGRPOConfig(TrainingArguments):
     prefix_ratio: float = field(default=1.0, metadata={"help": "Share of the steps before the window to run."})
     suffix_ratio: float = field(default=1.0, metadata={"help": "Share of the steps after the window to run."})
     shared_noise: bool = field(default=True, metadata={"help": "All images of a prompt start from the same noise."})
-    sample_batch_size: int | None = field(default=None, metadata={"help": "Images per pass while sampling."})
+    sample_batch_size: int | None = field(default=None, metadata={"help": "Images per forward pass while sampling."})
     ode_cache: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -254,8 +292,8 @@ class MixGRPOConfig(TrainingArguments):
         default="progressive",
         metadata={"help": "How the window moves: progressive, exp_decay, linear_decay, random or frozen."},
     )
-    window_size: int = field(default=4, metadata={"help": "Stochastic steps; -1 for all but the last."})
-    window_start: int = field(default=0, metadata={"help": "Where a frozen window is."})
+    window_size: int = field(default=4, metadata={"help": "Stochastic steps; -1 for all except the last."})
+    window_start: int = field(default=0, metadata={"help": "First step of a frozen window."})
     window_interval: int = field(default=25, metadata={"help": "Iterations that the window stays in one place."})
     window_stride: int = field(default=1, metadata={"help": "Steps by which the window moves."})
     window_decay_rate: float = field(default=0.1, metadata={"help": "k of exp_decay."})
@@ -302,7 +340,7 @@ class MixGRPOConfig(TrainingArguments):
         default=False, metadata={"help": "Train on the rollout's own graph: one update per iteration, no replay."}
     )
     replay_batch_size: int | None = field(
-        default=None, metadata={"help": "Transitions per pass in training. If not set, as many as fit."}
+        default=None, metadata={"help": "Transitions per forward pass in training. If not set, as many as fit."}
     )
 
     # Data, evaluation and logging
@@ -312,11 +350,13 @@ class MixGRPOConfig(TrainingArguments):
         metadata={"help": "Encode the prompts beforehand, on disk, and take the text encoders off the device."},
     )
     eval_num_inference_steps: int | None = field(default=None, metadata={"help": "Sampling steps in evaluation."})
-    eval_seed: int = field(default=0, metadata={"help": "Evaluation prompt i is drawn with seed eval_seed + i."})
-    logging_images_steps: int | None = field(default=None, metadata={"help": "Save sample grids every so many steps."})
-    num_logged_images: int = field(default=16, metadata={"help": "Pictures in a sample grid."})
+    eval_seed: int = field(default=0, metadata={"help": "Evaluation prompt i is sampled with seed eval_seed + i."})
+    logging_images_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps between saved sample grids."}
+    )
+    num_logged_images: int = field(default=16, metadata={"help": "Images in a sample grid."})
     model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Passed to FluxPipeline.from_pretrained, as JSON."}
+        default=None, metadata={"help": "Passed to the pipeline's from_pretrained, as JSON."}
     )
 
     # Speed and memory
@@ -324,36 +364,39 @@ class MixGRPOConfig(TrainingArguments):
         default=None, metadata={"help": "An attention backend of diffusers: flash, sage, _native_cudnn, ..."}
     )
     compile_repeated_blocks: bool = field(
-        default=False, metadata={"help": "Compile the transformer's blocks, one of each kind."}
+        default=False, metadata={"help": "Compile the transformer's repeated blocks."}
     )
     quantization: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Quantised weights under a LoRA, as JSON with 'quant_backend', 'quant_kwargs' and "
+            "help": "Quantized weights under a LoRA, as JSON with 'quant_backend', 'quant_kwargs' and "
             "'components_to_quantize'."
         },
     )
-    offload_vae: bool = field(default=False, metadata={"help": "Keep the VAE on the CPU while nothing is decoded."})
+    offload_vae: bool = field(default=False, metadata={"help": "Keep the VAE on the CPU except while it decodes."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.window_size == "all":
             self.window_size = -1
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "reward"  # Trainer's own fallback is the loss, which says nothing here
+            self.metric_for_best_model = "reward"  # the Trainer's own fallback, the loss, is meaningless here
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # each trained weight has its part in each velocity
+            self.ddp_find_unused_parameters = False  # each trained weight contributes to each velocity
         super().__post_init__()
         self._validate_ranges()
+        self._validate_window()
+        MixedODESDEScheduler(**self.scheduler_arguments())  # checks `sde_type`, `eta`, `ode_solver`, ...
+        self.ode_cache_config()
+        self._validate_combinations()
         self._validate_speed_and_memory()
         self._validate_batch_arithmetic()
-        self._validate_window()
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MixGRPOConfig":
         """
-        The configuration of a published method, for full fine-tuning of FLUX.1-dev at 720x720.
+        The configuration of a published method, for full fine-tuning of the papers' model at 720x720.
 
         All share the setting of the comparison in the MixGRPO paper (arXiv 2507.21802, and its released scripts): 25
         steps, static shift 3, guidance 3.5, groups of 12 images, 4 optimizer steps an iteration for 300 iterations,
@@ -364,12 +407,12 @@ class MixGRPOConfig(TrainingArguments):
         | `"mixgrpo"` | 4, progressive, 25 iterations in a place | all of them | MixGRPO |
         | `"mixgrpo-flash"` | 4, progressive, 20 iterations; 40% of the steps after, DPM-Solver++ | all | MixGRPO |
         | `"mixgrpo-flash-star"` | the first 4; 20% of the steps after, DPM-Solver++ | all | MixGRPO |
-        | `"flow-grpo"` | all but the last, `flow`, eta 0.7 | all | Flow-GRPO (2505.05470) |
-        | `"dancegrpo"` | all but the last, `dance`, eta 0.3 | a random 60% each iteration | DanceGRPO (2505.07818) |
+        | `"flow-grpo"` | all except the last, `flow`, eta 0.7 | all | Flow-GRPO (2505.05470) |
+        | `"dancegrpo"` | all except the last, `dance`, eta 0.3 | a random 60% each time | DanceGRPO (2505.07818) |
 
         Args:
             name (`str`): One of the five.
-            overrides: Any other arguments of [`MixGRPOConfig`], and what to have otherwise than published.
+            overrides: Other arguments of [`MixGRPOConfig`], and those that should differ from the published ones.
 
         Raises:
             `ValueError`: If there is no such preset.
@@ -392,71 +435,164 @@ class MixGRPOConfig(TrainingArguments):
         """Prompts per device and iteration."""
         return self.per_device_train_batch_size * self.steps_per_generation // self.num_generations
 
+    @property
+    def sharding(self) -> str | None:
+        """`"FSDP"` or `"DeepSpeed"`, if the arguments or `accelerate launch` ask for it."""
+        if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            return "FSDP"
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            return "DeepSpeed"
+        return None
+
+    def window_schedule(self) -> WindowSchedule:
+        """The window's place as a function of the iteration."""
+        last = self.num_inference_steps - 1
+        return WindowSchedule(
+            strategy=self.window_strategy,  # type: ignore[arg-type]  # checked there
+            num_inference_steps=self.num_inference_steps,
+            window_size=last - self.window_start if self.window_size == -1 else self.window_size,
+            window_interval=self.window_interval,
+            window_stride=self.window_stride,
+            seed=self.seed,
+            start=self.window_start,
+            decay_rate=self.window_decay_rate,
+            decay_start=self.window_decay_start,
+            min_interval=self.window_min_interval,
+        )
+
+    def scheduler_arguments(self) -> dict[str, Any]:
+        """The arguments of [`MixedODESDEScheduler`] in training, with the window of the first iteration."""
+        window = self.window_schedule().schedule(0)
+        return {
+            "sde_type": self.sde_type,
+            "eta": self.eta,
+            "ode_solver": self.ode_solver,
+            "solver_order": self.solver_order,
+            "prefix_ratio": self.prefix_ratio,
+            "suffix_ratio": self.suffix_ratio,
+            "window_start": window.start,
+            "window_size": window.size,
+        }
+
+    def ode_cache_config(self) -> Any:
+        """
+        The cache configuration of diffusers that `ode_cache` describes, or `None`.
+
+        Raises:
+            `ValueError`: If there is no such class, or it does not take these arguments.
+        """
+        if self.ode_cache is None:
+            return None
+        settings = self.ode_cache if isinstance(self.ode_cache, dict) else {}
+        names = [name for name in dir(diffusers) if name.endswith("CacheConfig")]
+        if settings.get("name") not in names:
+            raise ValueError(
+                f"`ode_cache` must be a dict, or JSON of one, with a 'name' among {', '.join(names)}, got "
+                f'{self.ode_cache!r}. For example {{"name": "TaylorSeerCacheConfig", "cache_interval": 2, '
+                '"disable_cache_before_step": 1, "use_lite_mode": true}.'
+            )
+        try:
+            return getattr(diffusers, settings["name"])(**{k: v for k, v in settings.items() if k != "name"})
+        except TypeError as error:
+            raise ValueError(
+                f"`ode_cache` must hold arguments of {settings['name']}, got {settings}: {error}."
+            ) from error
+
     def _validate_ranges(self) -> None:
-        for name, choices in (("multi_objective_aggregation", AGGREGATIONS), ("scale_rewards", SCALINGS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        for name in ("num_inference_steps", "steps_per_generation", "num_iterations", "num_logged_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
-        for name in (
-            "sample_batch_size",
-            "decode_batch_size",
-            "replay_batch_size",
-            "eval_num_inference_steps",
-            "replay_top_k",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be 1 or more, or None, got {getattr(self, name)}.")
-        for name in ("epsilon", "epsilon_high", "advantage_clip", "shift", "logging_images_steps", "reward_timeout"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}.")
-        if not self.beta >= 0:
-            raise ValueError(f"`beta` must be 0 or more, got {self.beta}.")
-        if not 0 <= self.max_reward_failure_rate <= 1:
-            raise ValueError(f"`max_reward_failure_rate` must be from 0 to 1, got {self.max_reward_failure_rate}.")
+        _require_choice("multi_objective_aggregation", self.multi_objective_aggregation, AGGREGATIONS)
+        _require_choice("scale_rewards", self.scale_rewards, SCALINGS)
+        _require_choice("window_strategy", self.window_strategy, get_args(WindowStrategy))
+        for name in (*_COUNTS, *_OPTIONAL_COUNTS):
+            _require_count(name, getattr(self, name), 1, optional=name in _OPTIONAL_COUNTS)
+        _require_count("num_generations", self.num_generations, 2, why="advantages compare the images of one prompt")
+        _require_count("window_decay_start", self.window_decay_start, 0)
+        for name in (*_POSITIVE, *_OPTIONAL_POSITIVE):
+            value = getattr(self, name)
+            if not (name in _OPTIONAL_POSITIVE and value is None):
+                _require_number(name, value, "a finite number greater than 0", lambda x: 0 < x < math.inf)
+        for name in _SHARES:
+            _require_number(name, getattr(self, name), "in (0, 1]", lambda x: 0 < x <= 1)
+        for name in ("beta", "window_decay_rate"):
+            _require_number(name, getattr(self, name), "a finite number of 0 or more", lambda x: 0 <= x < math.inf)
+        _require_number("guidance_scale", self.guidance_scale, "a finite number", math.isfinite)
+        _require_number("max_reward_failure_rate", self.max_reward_failure_rate, "in [0, 1]", lambda x: 0 <= x <= 1)
+
+    def _validate_window(self) -> None:
+        last = self.num_inference_steps - 1
+        for name in ("window_start", "window_size"):
+            if not _is_integer(getattr(self, name)):
+                raise ValueError(f"`{name}` must be an integer, got {getattr(self, name)!r}.")
+        size = last - self.window_start if self.window_size == -1 else self.window_size
+        if self.window_start < 0 or size < 1 or self.window_start + size > last:
+            raise ValueError(
+                f"`window_start` and `window_size` must lie within the first {last} of "
+                f"num_inference_steps={self.num_inference_steps} steps, got window_start={self.window_start} and "
+                f"window_size={self.window_size}: noise of the last step would stay in the image. Choose window_size "
+                f"in [1, {max(1, last - max(0, self.window_start))}], or -1 for all steps except the last, or more "
+                "num_inference_steps."
+            )
+        if self.window_start > 0 and self.window_strategy != "frozen":
+            raise ValueError(
+                f"`window_start` must be 0 with window_strategy={self.window_strategy!r}, which moves the window, got "
+                f"{self.window_start}. Use window_strategy='frozen' for a window that stays there."
+            )
+        if self.window_strategy == "linear_decay" and self.window_min_interval > self.window_interval:
+            raise ValueError(
+                f"`window_min_interval` must be at most window_interval={self.window_interval}, got "
+                f"{self.window_min_interval}. The window's stay falls from window_interval to window_min_interval."
+            )
+
+    def _validate_combinations(self) -> None:
         if self.beta > 0 and (self.replay_top_k is not None or self.reuse_rollout_graph):
             name = "replay_top_k" if self.replay_top_k is not None else "reuse_rollout_graph"
             raise ValueError(
-                f"`{name}` leaves out passes that the KL term of beta={self.beta} needs. Use beta=0, or leave "
-                f"`{name}` at its default."
+                f"`{name}` leaves out forward passes that the KL term needs, got beta={self.beta}. Use beta=0, or "
+                f"leave `{name}` at its default."
             )
         if self.remove_unused_columns:
             raise ValueError(
-                "`remove_unused_columns=True` would take away 'prompt' and the columns that reward functions need. "
-                "Leave it False."
+                "`remove_unused_columns` must be False, got True: it would remove 'prompt' and the columns that "
+                "reward functions need."
             )
         if self.auto_find_batch_size:
             raise ValueError(
-                "`auto_find_batch_size=True` is not supported: another batch size would break up the groups of "
+                "`auto_find_batch_size` must be False, got True: another batch size would break up the groups of "
                 "`num_generations` images. Set `sample_batch_size`, `decode_batch_size` and `replay_batch_size` "
-                "instead: they bound the memory and leave the result alone."
+                "instead: they limit memory use without changing the result."
             )
+        for name in ("reuse_rollout_graph", "merge_lora"):
+            if getattr(self, name) and self.sharding is not None:
+                raise ValueError(
+                    f"`{name}` must be False with {self.sharding}, which gathers the weights anew for each forward "
+                    "pass, got True. Leave it at its default, or train without sharding."
+                )
 
     def _validate_speed_and_memory(self) -> None:
         backends = [backend.value for backend in AttentionBackendName]
-        if self.attention_backend is not None and self.attention_backend.lower() not in backends:
-            raise ValueError(
-                f"`attention_backend` must be one of {', '.join(backends)}, or None, got {self.attention_backend!r}."
-            )
-        if self.quantization is not None and not isinstance(self.quantization, dict):
-            raise ValueError(
-                "`quantization` must be a dict, or JSON of one, with 'quant_backend', 'quant_kwargs' and "
-                f"'components_to_quantize', got {self.quantization!r}."
-            )
+        if self.attention_backend is not None:
+            name = self.attention_backend.lower() if isinstance(self.attention_backend, str) else None
+            if name not in backends:
+                raise ValueError(
+                    f"`attention_backend` must be one of {', '.join(backends)}, or None, got "
+                    f"{self.attention_backend!r}."
+                )
+        if self.quantization is not None:
+            settings = self.quantization if isinstance(self.quantization, dict) else {}
+            is_complete = settings.get("quant_backend") and settings.get("components_to_quantize")
+            if not is_complete or set(settings) - set(_QUANTIZATION_KEYS):
+                raise ValueError(
+                    "`quantization` must be a dict, or JSON of one, with 'quant_backend' and "
+                    f"'components_to_quantize', and optionally 'quant_kwargs', got {self.quantization!r}."
+                )
         if self.torch_compile:
             raise ValueError(
-                "`torch_compile=True` would compile the model for training and, with several processes, not for "
-                "sampling: their log-probs would differ by rounding. Use compile_repeated_blocks=True."
+                "`torch_compile` must be False, got True: with several processes it would compile the model for "
+                "training and not for sampling, and their log-probs would differ by rounding. Use "
+                "compile_repeated_blocks=True."
             )
 
     def _validate_batch_arithmetic(self) -> None:
         images = self.per_device_train_batch_size * self.steps_per_generation
-        if self.num_generations < 2:
-            raise ValueError(
-                f"`num_generations` must be 2 or more, got {self.num_generations}: advantages compare the images of "
-                "one prompt with each other."
-            )
         if images % self.num_generations:
             raise ValueError(
                 "An iteration samples per_device_train_batch_size * steps_per_generation = "
@@ -487,40 +623,26 @@ class MixGRPOConfig(TrainingArguments):
                 f"{' or '.join(map(str, near))}, or another multiple of {steps}."
             )
 
-    def window_schedule(self) -> WindowSchedule:
-        """The window's place as a function of the iteration."""
-        last = self.num_inference_steps - 1
-        return WindowSchedule(
-            strategy=self.window_strategy,  # type: ignore[arg-type]  # checked there
-            num_inference_steps=self.num_inference_steps,
-            window_size=last - self.window_start if self.window_size == -1 else self.window_size,
-            window_interval=self.window_interval,
-            window_stride=self.window_stride,
-            seed=self.seed,
-            start=self.window_start,
-            decay_rate=self.window_decay_rate,
-            decay_start=self.window_decay_start,
-            min_interval=self.window_min_interval,
-        )
 
-    def _validate_window(self) -> None:
-        last = self.num_inference_steps - 1
-        size = last - self.window_start if self.window_size == -1 else self.window_size
-        if self.window_start < 0 or size < 1 or self.window_start + size > last:
-            raise ValueError(
-                f"The window must lie within the first {last} of num_inference_steps={self.num_inference_steps} steps "
-                "(noise in the last one would stay in the picture), got window_start="
-                f"{self.window_start} and window_size={self.window_size}. Choose window_size from 1 to "
-                f"{max(1, last - max(0, self.window_start))}, or -1 for all steps but the last, or more "
-                "num_inference_steps."
-            )
-        if self.window_start > 0 and self.window_strategy != "frozen":
-            raise ValueError(
-                f"`window_start={self.window_start}` is the place of a window that stays there, and "
-                f"window_strategy={self.window_strategy!r} moves it. Use window_strategy='frozen' or window_start=0."
-            )
-        if not 0 < self.window_train_fraction <= 1:
-            raise ValueError(
-                f"`window_train_fraction` must be greater than 0 and at most 1, got {self.window_train_fraction}."
-            )
-        self.window_schedule()  # checks the rest
+def _require_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def _require_count(name: str, value: object, low: int, optional: bool = False, why: str = "") -> None:
+    if optional and value is None:
+        return
+    if not _is_integer(value) or value < low:  # type: ignore[operator]  # an integer
+        legal = f"an integer of {low} or more" + (", or None" if optional else "")
+        reason = f": {why}" if why else ""
+        raise ValueError(f"`{name}` must be {legal}, got {value!r}{reason}.")
+
+
+def _require_number(name: str, value: object, legal: str, is_legal: Callable[[float], bool]) -> None:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not is_legal(float(value)):  # type: ignore[arg-type]  # a number
+        raise ValueError(f"`{name}` must be {legal}, got {value!r}.")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

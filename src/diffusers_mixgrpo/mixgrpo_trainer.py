@@ -1,91 +1,60 @@
 """[`MixGRPOTrainer`]: online reinforcement learning of a flow-matching pipeline on a sliding window of steps."""
 
-import contextlib
-import copy
-import functools
-import math
 import os
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
-from .accelerated_ode import accelerated_ode, make_cache
-from .advantages import combine_rewards, compute_advantages, keep_extremes, normalize_weights, scored_std
-from .iteration_callback import IterationCallback
-from .iteration_draws import draw_order, draw_seeds, draw_steps
-from .kernels import gaussian_kl
+from .core.advantages import normalize_weights
 from .mixgrpo_config import MixGRPOConfig
-from .model_card import mixgrpo_model_card
-from .policies import FluxPolicy
-from .preflight import preflight
-from .preflight_report import PreflightReport
-from .prepare_pipeline import (
-    load_pipeline,
-    make_reference,
-    make_scheduler,
-    place_components,
-    prepare_pipeline,
-    rename_gradient_checkpointing,
-    vae_on_device,
-)
-from .progress_callback import RewardProgressCallback
-from .prompt_embeds import cache_prompt_embeds
-from .prompt_sampler import PromptSampler, check_dataset
-from .replay_batch_size import replay_batch_size
-from .reward_calls import RewardError, RewardFunc, RewardRunner, check_failures, reward_statistics
+from .policies import policy_class
+from .policies.loading import load_pipeline
+from .policies.preparation import place_components, prepare_pipeline, rename_gradient_checkpointing
+from .policies.prompt_embeds import cache_prompts
+from .policies.trained_weights import load_trained_weights, save_trained_weights
+from .reports.model_card import mixgrpo_model_card
+from .reports.sample_grid import save_sample_grid
 from .rewards import load_reward
-from .rollout import Trajectory, all_transitions, replay_log_probs, sample_trajectories
-from .sample_grid import save_sample_grid
-from .trained_weights import load_trained_weights, save_lora, save_transformer
+from .rewards.runner import RewardError, RewardFunc, RewardRunner, reward_statistics
+from .training.callbacks import IterationCallback, RewardProgressCallback
+from .training.engine import Engine, Rollout, make_scheduler
+from .training.memory import find_pass_size
+from .training.metrics import MetricBuffer
+from .training.plan import PromptDataset, PromptSampler, Row, check_dataset, prompts_of_run
+from .training.preflight import preflight
+from .training.preflight_report import PreflightReport
 
 
 logger = logging.get_logger(__name__)
-
-# Metrics of which the largest value since the last log is logged, and not the mean
-MAXIMA = ("ratio/max_deviation", "ratio/on_policy_max_deviation")
-
-
-@dataclass
-class _Rollout:
-    """One iteration's images on this device, `B` of them, as far as training needs them."""
-
-    trajectory: Trajectory
-    conditioning: Any
-    advantages: torch.Tensor  # (B,), on the CPU, so that choosing samples waits for no device
-    order: torch.Tensor  # (B,), the images in the order in which they are trained
-    steps: torch.Tensor  # the window steps to train, counted from the window's start
-    reference_means: torch.Tensor | None  # (B, w, ...), with beta > 0
 
 
 class MixGRPOTrainer(Trainer):
     """
     Trainer for MixGRPO (https://arxiv.org/abs/2507.21802): a [`~transformers.Trainer`] of a pipeline's transformer.
 
-    Each iteration samples groups of images, scores them with the reward functions, and moves the policy's window of
-    stochastic steps towards the better images of each group. See [`MixGRPOConfig`] for the batch arithmetic.
+    Each iteration samples groups of images, scores them with the reward functions, and trains the policy's window of
+    stochastic steps towards the better images of each group. See [`MixGRPOConfig`] for the batch sizes.
 
     Args:
-        model ([`~diffusers.FluxPipeline`] or `str` or `os.PathLike`):
+        model ([`~diffusers.DiffusionPipeline`] or `str` or `os.PathLike`):
             The pipeline, or the folder or Hub repository to load it from. Its transformer is trained in place; its
-            other parts are frozen.
+            other models are frozen.
         reward_funcs (callable or `str`, or a `list` of these):
             `reward(prompts, images, **columns) -> list[float | None]`, called once per iteration with all images (PIL)
-            and the further columns of the data set, one entry per image. `None` says that an image could not be
-            scored: it is left out of its group. An `async` one is called as soon as there are images, and works while
-            the next are sampled. The name in the logs is the function's `__name__`. A `str` is a name, a path or a
-            Hub id as [`~rewards.load_reward`] takes it.
+            and the other columns of the dataset, one entry per image. `None` means that an image could not be scored:
+            it is left out of its group. An `async` function is called as soon as there are images, and runs while the
+            next ones are sampled. The name in the logs is the function's `__name__`. A `str` is a name, a path or a
+            Hub id as in [`~rewards.load_reward`].
         args ([`MixGRPOConfig`], *optional*):
             The configuration.
         train_dataset (`datasets.Dataset` or any sized, indexable collection of `dict`):
@@ -93,15 +62,20 @@ class MixGRPOTrainer(Trainer):
         eval_dataset (the same, or a `dict` of them by name, *optional*):
             Prompts for [`evaluate`].
         peft_config ([`~peft.LoraConfig`], *optional*):
-            Train this LoRA and not the transformer itself. Without `target_modules` it adapts the attention and
-            feed-forward projections. A pipeline that has a LoRA loaded goes on training that one.
+            Train this LoRA instead of the transformer's own weights. Without `target_modules` it adapts the layers
+            that suit the pipeline's family. A LoRA that is loaded in the pipeline is trained further.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             As in [`~transformers.Trainer`].
         optimizers (`tuple`, *optional*):
             An optimizer and a learning rate scheduler, as in [`~transformers.Trainer`].
 
+    Attributes:
+        engine ([`~training.engine.Engine`]): Samples, scores and trains the images of an iteration.
+        eval_rewards (`torch.Tensor` of shape `(K, n)`, *optional*): The `K` rewards of each of the `n` prompts in the
+            last evaluation, NaN where an image could not be scored.
+
     Raises:
-        `ValueError`, `TypeError`, `FileNotFoundError`: If an argument cannot work; the message says what to change.
+        `ValueError`, `TypeError`, `FileNotFoundError`: If an argument cannot work; the message says how to fix it.
 
     Example:
 
@@ -126,54 +100,51 @@ class MixGRPOTrainer(Trainer):
     """
 
     args: MixGRPOConfig
+    train_dataset: PromptDataset | None
+    eval_dataset: PromptDataset | dict[str, PromptDataset] | None
 
     def __init__(
         self,
-        model: FluxPipeline | str | os.PathLike,
+        model: DiffusionPipeline | str | os.PathLike,
         reward_funcs: RewardFunc | str | list[RewardFunc | str],
         args: MixGRPOConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
+        train_dataset: PromptDataset | None = None,
+        eval_dataset: PromptDataset | dict[str, PromptDataset] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-    ):
-        # 1. What can be known to be wrong before anything large is loaded
+    ) -> None:
+        # 1. Refuse what cannot work, before anything large is loaded
         args = MixGRPOConfig() if args is None else args
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, which torch's DataParallel would share. Start one "
-                "process per GPU (`accelerate launch script.py`), or set CUDA_VISIBLE_DEVICES to one of them."
-            )
         funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-        self.reward_weights = normalize_weights(args.reward_weights, len(funcs))
-        kwargs = args.reward_init_kwargs if isinstance(args.reward_init_kwargs, dict) else {}
-        if unknown := [name for name in kwargs if name not in funcs]:
-            raise ValueError(f"`reward_init_kwargs` is for {', '.join(unknown)}, not among `reward_funcs`={funcs}.")
-        self.reward_funcs = [load_reward(f, **kwargs.get(f, {})) if isinstance(f, str) else f for f in funcs]
-        self.rewards = RewardRunner(self.reward_funcs, args.reward_timeout, args.device, args.offload_rewards)
-        self.reward_names = self.rewards.names
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-                check_dataset(name, part)
+        _check_arguments(args, model, funcs, peft_config)
+        check_dataset("train_dataset", train_dataset)
+        for part in _evaluations(eval_dataset):
+            check_dataset("eval_dataset", part)
 
-        # 2. The pipeline, and its transformer as the model to train
-        self.pipe = load_pipeline(model, args, peft_config)
-        sampling = (args.height, args.width, args.num_inference_steps, args.guidance_scale, args.max_sequence_length)
-        self.policy = FluxPolicy(self.pipe, *sampling)
-        self.eval_policy = copy.copy(self.policy)
-        self.eval_policy.num_inference_steps = args.eval_num_inference_steps or args.num_inference_steps
-        self.accelerated_ode = functools.partial(
-            accelerated_ode, self.pipe.transformer, make_cache(args.ode_cache), args.merge_lora
+        # 2. The rewards
+        kwargs = args.reward_init_kwargs if isinstance(args.reward_init_kwargs, dict) else {}
+        self.reward_funcs = [load_reward(f, **kwargs.get(f, {})) if isinstance(f, str) else f for f in funcs]
+        rewards = RewardRunner(self.reward_funcs, args.reward_timeout, args.device, args.offload_rewards)
+
+        # 3. The pipeline, whose transformer is the model to train
+        self.pipe = load_pipeline(model, args, with_lora=peft_config is not None)
+        policy = policy_class(type(self.pipe).__name__)(
+            self.pipe,
+            height=args.height,
+            width=args.width,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            max_sequence_length=args.max_sequence_length,
         )
-        self.window_schedule = args.window_schedule()
-        self.noise_scheduler = make_scheduler(self.pipe, args)
-        set_seed(args.seed)  # the Trainer's own comes after the LoRA has drawn its weights
-        self.is_lora, self.adapter_name = prepare_pipeline(self.pipe, peft_config, args)
-        self.reference = make_reference(self.pipe, args) if args.beta > 0 and not self.is_lora else None
+        scheduler = make_scheduler(self.pipe.scheduler, args)
+        set_seed(args.seed)  # the Trainer's own call comes after the LoRA has drawn its weights
+        self.weights = prepare_pipeline(policy, peft_config, args)
+        if args.merge_lora and not self.weights.is_lora:
+            raise ValueError(_MERGE_NEEDS_LORA)
         rename_gradient_checkpointing(self.pipe.transformer)
 
-        # 3. Everything else is the Trainer's
+        # 4. Everything else is the Trainer's
         super().__init__(
             model=self.pipe.transformer,
             args=args,
@@ -183,68 +154,58 @@ class MixGRPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.add_callback(IterationCallback(self))
+        self.engine = Engine(policy, scheduler, args, rewards, self.accelerator, self.weights)
+        self.metrics = MetricBuffer(self.accelerator, args.device)
+        self._iteration_callback = IterationCallback()
+        self.add_callback(self._iteration_callback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgressCallback)
-        place_components(self.pipe, args, stay=self.policy.text_encoders if args.cache_prompt_embeds else ())
+        place_components(self.pipe, args, stay=policy.text_encoders if args.cache_prompt_embeds else ())
         if args.cache_prompt_embeds:
-            cache_prompt_embeds(self)
-        # As in the Trainer: the loss has been divided by the accumulation steps, and DeepSpeed must not do so again.
-        self._backward_kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self._sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if args.reuse_rollout_graph and self._sharded:
-            raise ValueError(
-                "`reuse_rollout_graph=True` cannot work with FSDP or DeepSpeed, which gather the weights anew for "
-                "each forward pass. Leave it False, or train without sharding."
-            )
-        if args.merge_lora and (self._sharded or not self.is_lora):
-            raise ValueError(
-                "`merge_lora=True` needs a LoRA (`peft_config`) on weights that are neither sharded by FSDP nor by "
-                "DeepSpeed. Leave it False."
-            )
-        # An image without an advantage has no gradient and need not be replayed. Sharded models gather their weights
-        # in each forward pass, so there all ranks must run equally many.
-        self._skip_zero_advantages = args.beta == 0 and not self._sharded
-        self._rollout: _Rollout | None = None
+            prompts = prompts_of_run(args, train_dataset, _evaluations(eval_dataset), self.accelerator.num_processes)
+            # Of several processes on a machine the first one encodes, and the others read its files.
+            with args.main_process_first(desc="encoding the prompts"):
+                self.engine.encode = cache_prompts(policy, prompts, args.device).encode
+        self.rollout: Rollout | None = None
+        self.eval_rewards: torch.Tensor | None = None
         self._batches_done: int | None = None
-        self._replay_size: int | None = None
-        self.first_step, self.saved_step = 0, None  # of this run; IterationCallback keeps them
-        self.prompt_sampler: PromptSampler | None = None
-        self._metrics: dict[str, list[float | torch.Tensor]] = defaultdict(list)
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._phases: list[str] = []
+        self._pass_size: int | None = None
 
     # ---- Data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        # A batch is the prompts of an iteration, not the images of a training batch: hence another batch size.
+        # Overridden since a batch is the prompts of an iteration, not the images of a training batch.
         if self.train_dataset is None:
-            raise ValueError("`train_dataset` is None; training needs rows with a 'prompt'.")
+            raise ValueError("`train_dataset` must have rows with a 'prompt', got None.")
         return self._get_dataloader(
-            dataset=self.train_dataset,
+            dataset=self.train_dataset,  # type: ignore[arg-type]
             description="Training",
             batch_size=self.args.prompts_per_iteration,
             sampler_fn=self._get_train_sampler,
             is_training=True,
         )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        # Each batch of prompts comes up once per training batch of its iteration, see PromptSampler.
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        self.prompt_sampler = PromptSampler(
-            len(dataset),
-            self.args.prompts_per_iteration * self.accelerator.num_processes,
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        # Overridden since the prompts of an iteration come once per training batch, see PromptSampler.
+        assert self.train_dataset is not None
+        self._iteration_callback.sampler = PromptSampler.of_run(
+            self.args,
+            len(self.train_dataset),
+            self.accelerator.num_processes,
             repeats=self.args.batches_per_iteration,
-            shuffle=self.args.shuffle_dataset,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
-        return self.prompt_sampler
+        return self._iteration_callback.sampler
 
     # ---- Training ----
 
     def preflight(self) -> PreflightReport:
-        """What the run will do and cost, measured on its first iteration and without a trace: see [`preflight`]."""
-        return preflight(self)
+        """
+        What the run will do and cost, measured on its first iteration and without a trace: see
+        [`~training.preflight.preflight`].
+        """
+        if self.train_dataset is None:
+            raise ValueError("`train_dataset` must have rows with a 'prompt', got None.")
+        return preflight(self.engine, self.train_dataset, self.optimizer)
 
     def train(
         self,
@@ -254,244 +215,82 @@ class MixGRPOTrainer(Trainer):
     ) -> TrainOutput:
         # Overridden to try the rewards first, and to lose nothing when training ends with an error.
         if self.train_dataset is not None:
-            self._try_rewards()
-        # Anew, as an interrupted run may have left it in mid-rollout
-        self.noise_scheduler = make_scheduler(self.pipe, self.args)
-        self._rollout, self._batches_done, self._replay_size = None, None, None
-        self._phases.clear()
-        self.rewards.clear()
-        self.first_step, self.saved_step = self.state.global_step, None
-        self._metrics.clear()
-        self._seconds.clear()
+            self.engine.try_rewards(self.train_dataset)
+        self._forget_iteration()
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except (Exception, KeyboardInterrupt) as error:
             self._save_after(error)
             raise
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    def _forget_iteration(self) -> None:
+        """Drop everything of an earlier run, which may have been interrupted."""
+        self.rollout = None
+        self._batches_done = None
+        self._pass_size = None
+        self._iteration_callback.first_step = self.state.global_step
+        self._iteration_callback.saved_step = None
+        self.engine.rewards.clear()
+        self.engine.timer.pop()
+        self.metrics.clear()
+
+    def training_step(  # type: ignore[override]  # the inputs are rows, not tensors
+        self, model: nn.Module, inputs: list[Row], num_items_in_batch: int | torch.Tensor | None = None
+    ) -> torch.Tensor:
         # Overridden since one call samples when an iteration begins, and may run several backward passes. The model's
         # train and eval modes are the same here: all dropout is off, or the ratio would not start at 1.
+        args = self.args
         if self._batches_done is None:
-            self._batches_done = self.state.global_step * self.args.gradient_accumulation_steps
-        iteration, batch = divmod(self._batches_done, self.args.batches_per_iteration)
-        if self._rollout is None or batch == 0:
+            self._batches_done = self.state.global_step * args.gradient_accumulation_steps
+        iteration, batch = divmod(self._batches_done, args.batches_per_iteration)
+        if self.rollout is None or batch == 0:
             if batch != 0:
                 logger.warning("Resuming inside an iteration: its images are sampled again, with other weights.")
-            self._rollout = None  # frees its memory before the next one needs it
-            self._rollout = self._generate_rollout(inputs, iteration)
+            self.rollout = None  # frees its memory before the next one needs it
+            plan = self.engine.plan(iteration, inputs)
+            self.rollout = self.engine.roll_out(plan, self._inference_model)
+            self.metrics.add(self.rollout.statistics)
+            self._save_images(self.rollout)
         if callable(switch_to_training := getattr(self.optimizer, "train", None)):
             switch_to_training()  # schedule-free optimizers have two modes
-        with self._phase("training"):
-            size = self.args.per_device_train_batch_size
-            start = batch % self.args.steps_per_generation * size
-            on_policy = batch < self.args.gradient_accumulation_steps
-            loss = self._forward_backward(model, self._rollout.order[start : start + size], on_policy)
-        self._batches_done += 1
-        if batch == self.args.batches_per_iteration - 1:
-            for phase, seconds in self._seconds.items():
-                self._metrics[f"time/{phase}"].append(seconds)
-            self._seconds.clear()
-        return loss
 
-    def _forward_backward(self, model: nn.Module, images: torch.Tensor, on_policy: bool) -> torch.Tensor:
-        """
-        Gradient of the loss of one training batch, the mean over its images and their trained steps.
-
-        It does not depend on `replay_batch_size`. Across the passes of one optimizer step gradients are synchronised
-        once.
-        """
-        rollout = self._rollout
-        assert rollout is not None
-        images, steps = images.repeat_interleave(len(rollout.steps)), rollout.steps.repeat(len(images))
-        count = len(images)
-        size = self._replay_size = self._replay_size or replay_batch_size(self, images, steps)
-        if self._skip_zero_advantages:
-            kept = (rollout.advantages[images] != 0).nonzero().flatten()
-            # One is always kept: every rank has to run a backward pass, and an optimizer to see a gradient, if of 0.
-            kept = kept if len(kept) else torch.zeros(1, dtype=torch.long)
-            images, steps = images[kept], steps[kept]
-        total = torch.zeros((), device=self.args.device)
-        for start in range(0, len(images), size):
-            is_last = start + size >= len(images)
-            synchronises = is_last and not self.args.reuse_rollout_graph
-            with contextlib.nullcontext() if synchronises else self._no_gradient_sync(model):
-                batch = slice(start, start + size)
-                losses = self._compute_losses(model, images[batch], steps[batch], on_policy)
-                loss = losses.sum() / (count * self.current_gradient_accumulation_steps)
-                self.accelerator.backward(loss, **self._backward_kwargs)
-            total += loss.detach()
-        if self.args.reuse_rollout_graph and self.accelerator.num_processes > 1:
-            # The rollout went round DDP, so its hooks do not know of this backward pass.
-            for parameter in self.pipe.transformer.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        return total
-
-    def _compute_losses(
-        self, model: nn.Module, images: torch.Tensor, steps: torch.Tensor, on_policy: bool
-    ) -> torch.Tensor:
-        """Clipped objective of `N` transitions, given by image and window step: a loss each, shape `(N,)`."""
-        rollout, args = self._rollout, self.args
-        assert rollout is not None
-        device = rollout.trajectory.states.device
-        # Other copies wait for the passes before them. To MPS these may read freed memory (pytorch issue 189690).
-        no_wait = device.type != "mps"
-        advantages = rollout.advantages[images].to(device, non_blocking=no_wait)
-        images, steps = images.to(device, non_blocking=no_wait), steps.to(device, non_blocking=no_wait)
-        old, replay = rollout.trajectory.log_probs.detach()[images, steps], None
-        if args.reuse_rollout_graph:
-            new = rollout.trajectory.log_probs[images, steps]
-        else:
-            replay = replay_log_probs(
-                self.policy, self.noise_scheduler, rollout.trajectory, rollout.conditioning, images, steps, model
-            )
-            new = replay.log_probs
-        ratio = torch.exp(new - old)
-        low, high = 1 - args.epsilon, 1 + (args.epsilon if args.epsilon_high is None else args.epsilon_high)
-        losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
-        if rollout.reference_means is not None and replay is not None:
-            kl = gaussian_kl(replay.means, rollout.reference_means[images, steps], replay.stds)
-            losses = losses + args.beta * kl
-            self._metrics["kl"].append(kl.detach().mean())
-        self._log_ratio(ratio.detach(), (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0), on_policy)
-        return losses
-
-    def _log_ratio(self, ratio: torch.Tensor, low: torch.Tensor, high: torch.Tensor, on_policy: bool) -> None:
-        """Record ratios of shape `(N,)`, and which were clipped at the low and at the high end."""
-        metrics, deviation = self._metrics, (ratio - 1).abs().max()
-        for name, clipped in (("low", low), ("high", high), ("region", low | high)):
-            metrics[f"clip_ratio/{name}_mean"].append(clipped.float().mean())
-        metrics["ratio/mean"].append(ratio.mean())
-        metrics["ratio/max_deviation"].append(deviation)
-        if on_policy:  # before the iteration's first update, so this is what precision alone makes of it
-            metrics["ratio/on_policy_max_deviation"].append(deviation)
-
-    @contextlib.contextmanager
-    def _no_gradient_sync(self, model: nn.Module) -> Iterator[None]:
-        # The flag tells accelerate's backward (DeepSpeed would take an optimizer step), the context tells DDP. Where
-        # the Trainer has turned it off already, for gradient accumulation, there is nothing to do.
-        state = self.accelerator.gradient_state
-        if not state.sync_gradients:
-            yield
-            return
-        state._set_sync_gradients(False)
-        try:
-            with self.accelerator.no_sync(model):
-                yield
-        finally:
-            state._set_sync_gradients(True)
-
-    # ---- Rollouts ----
-
-    def _generate_rollout(self, inputs: list[dict[str, Any]], iteration: int) -> _Rollout:
-        """Sample, score and compare the images of one iteration: all that is random is a function of its number."""
-        args, group = self.args, self.args.num_generations
-        rows, images = [row for row in inputs for _ in range(group)], []
-        start, size = self.window_schedule.schedule(iteration)
-        self.noise_scheduler.set_window(start, size)
-        steps = draw_steps(args.seed, iteration, size, args.window_train_fraction)
-
-        def take_in(batch: slice, latents: torch.Tensor) -> None:
-            half = torch.autocast(args.device.type, enabled=False)
-            with self._phase("decoding"), half, vae_on_device(self.pipe, args):
-                images.extend(self.policy.decode(latents, args.decode_batch_size or args.sample_batch_size))
-            self.rewards.start(rows[batch], images[batch])
-
-        with self._phase("sampling"):
-            conditioning = self.policy.encode([row["prompt"] for row in inputs])
-            seeds = self._seeds(iteration, "latents", len(inputs) * (1 if args.shared_noise else group))
-            with self.accelerator.autocast():
-                trajectory = sample_trajectories(
-                    self.policy,
-                    self.noise_scheduler,
-                    conditioning,
-                    self.policy.initial_latents(seeds).float(),  # states in float32: rounding would be noise in ratios
-                    num_generations=group,
-                    generator=torch.Generator(self.policy.device).manual_seed(self._seeds(iteration, "sde")[0]),
-                    batch_size=args.sample_batch_size,
-                    transformer=self._inference_model,
-                    on_batch=take_in,
-                    keep_graph=steps.tolist() if args.reuse_rollout_graph else (),
-                    outside_window=self.accelerated_ode,
-                )
-                reference_means = self._reference_means(trajectory, conditioning, steps) if args.beta > 0 else None
-        with self._phase("reward"):
-            local_rewards = self.rewards.finish().unflatten(1, (-1, group))
-        # Advantages need their own group alone; the metrics, and rewards scaled by the batch, need all devices.
-        rewards = self._gather(local_rewards.movedim(1, 0)).movedim(0, 1)
-        advantages = compute_advantages(
-            rewards, self.reward_weights, args.multi_objective_aggregation, args.scale_rewards, args.advantage_clip
+        batches = self.rollout.training_batches(args.per_device_train_batch_size)
+        images = batches[batch % args.steps_per_generation]
+        if self._pass_size is None:
+            self._pass_size = find_pass_size(self.engine, self.rollout, images, self.optimizer)
+        trained = self.engine.backward(
+            self.rollout, images, model, self._pass_size, self.current_gradient_accumulation_steps
         )
-        self._log_rollout(rewards, advantages, trajectory, iteration)
-        self._log_images(rows, images, local_rewards.flatten(1))
-        errors = self.rewards.all_errors() if bool(rewards.isnan().any()) else {}
-        check_failures(rewards, self.reward_names, args.max_reward_failure_rate, errors, iteration)
-        own = advantages.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
-        if args.replay_top_k is not None:
-            own = keep_extremes(own, args.replay_top_k)
-        order = draw_order(self._seeds(iteration, "order")[0], own.flatten(), args.per_device_train_batch_size)
-        return _Rollout(trajectory, conditioning, own.flatten(), order, steps, reference_means)
-
-    def _seeds(self, iteration: int, stream: str, count: int = 1) -> list[int]:
-        return draw_seeds(self.args.seed, iteration, stream, self.accelerator.process_index, count)
-
-    @torch.no_grad()
-    def _reference_means(self, trajectory: Trajectory, conditioning: Any, steps: torch.Tensor) -> torch.Tensor:
-        """Where the reference would have gone from each state: `(B, w, ...)`, 0 at steps that are not trained."""
-        means = torch.zeros_like(trajectory.states[:, 1:])
-        images, steps = all_transitions(trajectory, steps.to(means.device, non_blocking=True))
-        # As many as sampling puts through, which needs no gradient either: so they fit
-        size = self.args.replay_batch_size or self.args.sample_batch_size or len(trajectory)
-        with self._reference_model() as reference:
-            for start in range(0, len(images), size):
-                pair = images[start : start + size], steps[start : start + size]
-                means[pair] = replay_log_probs(
-                    self.policy, self.noise_scheduler, trajectory, conditioning, *pair, reference
-                ).means
-        return means
-
-    @contextlib.contextmanager
-    def _reference_model(self) -> Iterator[nn.Module]:
-        if self.reference is not None:
-            yield self.reference
-            return
-        self.pipe.transformer.disable_adapters()
-        try:
-            yield self._inference_model
-        finally:
-            self.pipe.transformer.enable_adapters()
+        for training_pass in trained.passes:
+            self.metrics.add(training_pass.statistics)
+            if batch < args.gradient_accumulation_steps:
+                # Before the iteration's first update, so this is the effect of precision alone.
+                deviation = training_pass.statistics["ratio/max_deviation"]
+                self.metrics.add({"ratio/on_policy_max_deviation": deviation})
+        self._batches_done += 1
+        if batch == args.batches_per_iteration - 1:
+            self.metrics.add({f"time/{phase}": seconds for phase, seconds in self.engine.timer.pop().items()})
+        return trained.loss
 
     @property
     def _inference_model(self) -> nn.Module:
-        # What replay calls, without the communication of DDP: the same autocast and hence the same numbers.
-        ddp = self.accelerator.num_processes > 1 and not self._sharded
-        return self.pipe.transformer if ddp else self.model_wrapped
-
-    # ---- Rewards ----
-
-    def _try_rewards(self) -> None:
-        """Call each reward on two grey pictures, so that one that cannot work says so now and not after a rollout."""
-        dataset: Any = self.train_dataset
-        rows = [dict(dataset[i % len(dataset)]) for i in range(2)]
-        size = (self.policy.width, self.policy.height)
-        self.rewards.start(rows, [Image.new("RGB", size, "gray") for _ in rows])
-        check_failures(self.rewards.finish(), self.reward_names, limit=None, errors=self.rewards.errors)
-
-    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows of all ranks, on the CPU."""
-        return self.accelerator.gather(tensor.to(self.accelerator.device).contiguous()).cpu()
+        # The module in training, without the communication of DDP: the same autocast and hence the same numbers.
+        is_ddp = self.accelerator.num_processes > 1 and not self.engine.is_sharded
+        return self.pipe.transformer if is_ddp else self.model_wrapped
 
     # ---- Evaluation ----
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    def evaluate(  # type: ignore[override]  # any indexable collection will do
+        self,
+        eval_dataset: PromptDataset | dict[str, PromptDataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Mean rewards of the deterministic sampler. Prompt `i` is always drawn with seed `eval_seed + i`.
+        Mean rewards of the deterministic sampler. Prompt `i` is always sampled with seed `eval_seed + i`.
 
         Args:
-            eval_dataset (data set or `dict` of data sets, *optional*): Defaults to the trainer's.
+            eval_dataset (dataset or `dict` of datasets, *optional*): Defaults to the trainer's.
             ignore_keys: Unused; part of the Trainer's interface.
             metric_key_prefix (`str`, defaults to `"eval"`): First part of the metrics' names.
 
@@ -506,35 +305,22 @@ class MixGRPOTrainer(Trainer):
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         if eval_dataset is None:
-            raise ValueError("`eval_dataset` is None; pass one to `evaluate` or to the trainer.")
+            raise ValueError(
+                "`eval_dataset` must have rows with a 'prompt', got None. Pass it here or to the trainer."
+            )
         check_dataset("eval_dataset", eval_dataset)
         start = time.perf_counter()
-        metrics = reward_statistics(self._evaluate_rewards(eval_dataset), self.reward_names, self.reward_weights)
+        self.eval_rewards = self.engine.evaluate(eval_dataset, self._inference_model)
+        metrics = reward_statistics(self.eval_rewards, self.reward_names, self.engine.reward_weights)
         metrics["runtime"] = time.perf_counter() - start
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         super().log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluate_rewards(self, dataset: Any) -> torch.Tensor:
-        """Scores of the pictures of all prompts, `(number of rewards, n)`. Ranks share the prompts, evenly."""
-        count, ranks = len(dataset), self.accelerator.num_processes
-        share = math.ceil(count / ranks)
-        own = range(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
-        indices = [i % count for i in own]  # the last ranks may repeat some, to run as many passes as the others
-        rewards, size = [], self.args.per_device_eval_batch_size
-        for start in range(0, share, size):
-            rows = [dict(dataset[i]) for i in indices[start : start + size]]
-            seeds = [self.args.eval_seed + i for i in indices[start : start + size]]
-            images = self.sample_images([row["prompt"] for row in rows], seeds)
-            self.rewards.start(rows, images)
-            rewards.append(self.rewards.finish())
-        return self._gather(torch.cat(rewards, dim=1).movedim(1, 0)).movedim(0, 1)[:, :count]
-
-    @torch.no_grad()
-    def sample_images(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[Any]:
+    def sample_images(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[Image.Image]:
         """
-        Pictures of the present policy by the deterministic sampler, as `evaluate` scores them.
+        Images of the current policy by the deterministic sampler, as `evaluate` scores them.
 
         Args:
             prompts (`Sequence[str]` of length `n`): The prompts.
@@ -545,119 +331,68 @@ class MixGRPOTrainer(Trainer):
             `list[PIL.Image.Image]` of length `n`: those of the stock pipeline with the same prompts and generators.
         """
         seeds = [self.args.eval_seed + i for i in range(len(prompts))] if seeds is None else seeds
-        scheduler, images = make_scheduler(self.pipe, self.args, evaluation=True), []
-        size = self.args.per_device_eval_batch_size
-        for start in range(0, len(prompts), size):
-            conditioning = self.eval_policy.encode(prompts[start : start + size])
-            with self.accelerator.autocast():
-                latents = self.eval_policy.initial_latents(seeds[start : start + size])
-                trajectory = sample_trajectories(
-                    self.eval_policy, scheduler, conditioning, latents, transformer=self._inference_model
-                )
-            with vae_on_device(self.pipe, self.args):
-                images += self.eval_policy.decode(trajectory.latents, self.args.decode_batch_size)
-        return images
+        return self.engine.sample_images(prompts, seeds, self._inference_model)
 
     # ---- Logging ----
 
+    @property
+    def reward_names(self) -> list[str]:
+        return self.engine.rewards.names
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # Overridden to add what was measured since the last time. Tensors stay on their device until here.
-        values = {
-            name: torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.args.device) for v in series])
-            for name, series in sorted(self._metrics.items())
-        }
-        self._metrics.clear()
-        if values:
-            largest = torch.tensor([name in MAXIMA for name in values], device=self.args.device)
-            means = torch.stack([value.nanmean() for value in values.values()])
-            maxima = torch.stack([value.max() for value in values.values()])
-            reduced = torch.where(largest, maxima, means)
-            if self.accelerator.num_processes > 1:
-                everyone = self.accelerator.gather(reduced[None])
-                reduced = torch.where(largest, everyone.amax(0), everyone.nanmean(0))
-            numbers = zip(values, reduced.tolist(), strict=True)
-            logs.update({name: number for name, number in numbers if not math.isnan(number)})
+        # Overridden to add the metrics since the last log.
+        logs.update(self.metrics.pop())
         super().log(logs, start_time)
 
-    def _log_rollout(
-        self, rewards: torch.Tensor, advantages: torch.Tensor, trajectory: Trajectory, iteration: int
-    ) -> None:
-        """Record an iteration's statistics; `rewards` has shape `(number of rewards, P, G)`, over all devices."""
-        metrics = reward_statistics(rewards.flatten(1), self.reward_names, self.reward_weights)
-        del metrics["reward_se"]
-        combined = combine_rewards(rewards, self.reward_weights)
-        metrics["reward_std"] = float(scored_std(combined, dims=(-1,)).mean())
-        metrics["frac_reward_zero_std"] = float((advantages == 0).all(dim=-1).float().mean())
-        start, size = self.window_schedule.schedule(iteration)
-        metrics |= {"window/start": start, "window/size": size, "iteration": iteration}
-        metrics |= {"nfe": trajectory.nfe, "nfe_amortized": trajectory.nfe_computed}
-        for name, value in metrics.items():
-            self._metrics[name].append(value)
-
-    def _log_images(self, rows: Sequence[dict[str, Any]], images: Sequence[Any], rewards: torch.Tensor) -> None:
+    def _save_images(self, rollout: Rollout) -> None:
         # In the first iteration at or after each multiple of `logging_images_steps`
-        every, step = self.args.logging_images_steps, self.state.global_step
-        if every is None or step % every >= self.args.optimizer_steps_per_iteration:
+        args = self.args
+        step = self.state.global_step
+        if args.logging_images_steps is None or step % args.logging_images_steps >= args.optimizer_steps_per_iteration:
             return
         if self.is_world_process_zero():
-            count = min(self.args.num_logged_images, len(images))
-            captions = [row["prompt"] for row in rows[:count]]
-            for name, scores in zip(self.reward_names, rewards.tolist(), strict=True):
+            count = min(args.num_logged_images, len(rollout.images))
+            captions = [row["prompt"] for row in rollout.rows[:count]]
+            for name, scores in zip(self.reward_names, rollout.rewards.tolist(), strict=True):
                 captions = [f"{text} {name}={scores[i]:.3g}" for i, text in enumerate(captions)]
-            columns = self.args.num_generations if self.args.num_generations <= 12 else 8
-            path = os.path.join(self.args.output_dir, "images", f"step_{step:06d}.png")
-            save_sample_grid(images[:count], captions, path, columns)
-
-    @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to `time/<name>`, and to no phase around it, once the device has done its work."""
-        start = time.perf_counter()
-        self._phases.append(name)
-        yield
-        if self.args.device.type == "cuda":
-            torch.cuda.synchronize(self.args.device)
-        seconds = time.perf_counter() - start
-        self._seconds[self._phases.pop()] += seconds
-        if self._phases:
-            self._seconds[self._phases[-1]] -= seconds
+            columns = args.num_generations if args.num_generations <= 12 else 8
+            path = os.path.join(args.output_dir, "images", f"step_{step:06d}.png")
+            save_sample_grid(rollout.images[:count], captions, path, columns)
 
     # ---- Saving and loading ----
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # Overridden to write what diffusers loads.
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        # Overridden to write the files that diffusers loads.
         if not self.args.should_save:
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
         os.makedirs(output_dir, exist_ok=True)
-        if self.is_lora:
-            save_lora(self.pipe, output_dir, self.adapter_name, state_dict)
-        else:
-            save_transformer(self.pipe.transformer, output_dir, state_dict)
+        save_trained_weights(self.pipe, output_dir, self.weights, state_dict)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Overridden to read what `_save` wrote.
+        # Overridden to read the files of `_save`.
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_trained_weights(self.pipe, resume_from_checkpoint, self.is_lora, self.adapter_name)
+        load_trained_weights(self.pipe, resume_from_checkpoint, self.weights)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint, self.model_wrapped)
 
     def _save_after(self, error: BaseException) -> None:
-        """Keep what was trained before `error`, as a checkpoint to go on from, and say so in the error."""
+        """Save a checkpoint to resume from after `error`, and say so in the error."""
         step = self.state.global_step
-        if step <= self.first_step or self.optimizer is None:
+        if step <= self._iteration_callback.first_step or self.optimizer is None:
             return
-        # After a RewardError all ranks are here, after another error maybe one, which must not wait for the others.
+        # After a RewardError all ranks are here; after another error maybe one, which must not wait for the others.
         if self.accelerator.num_processes > 1 and not isinstance(error, RewardError):
             return
         folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-        if self.saved_step != step:
+        if self._iteration_callback.saved_step != step:
             self._save_checkpoint(self.model_wrapped, trial=None)
         error.add_note(
-            f"What was trained so far, {step} optimizer steps, is saved in {folder}; go on from there with "
+            f"The weights after {step} optimizer steps are saved in {folder}. Resume with "
             f"trainer.train(resume_from_checkpoint={folder!r})."
         )
 
@@ -672,17 +407,18 @@ class MixGRPOTrainer(Trainer):
         finetuned_from: str | None = None,
         **metadata: Any,
     ) -> None:
-        """Write `README.md`: what was trained, and code that loads it. The arguments go into its metadata."""
+        """Write `README.md`: the training run, and code that loads its result. The arguments go into its metadata."""
         if not self.is_world_process_zero():
             return
         entries = {"language": language, "license": license, "tags": [tags] if isinstance(tags, str) else tags}
         name = model_name or os.path.basename(os.path.abspath(self.args.output_dir))
         card = mixgrpo_model_card(
+            self.engine.policy,
             self.args,
             repo_id=self.hub_model_id or self.args.hub_model_id or name,
             base_model=finetuned_from or self.pipe.config.get("_name_or_path"),
             reward_names=self.reward_names,
-            is_lora=self.is_lora,
+            is_lora=self.weights.is_lora,
             optimizer_steps=self.state.global_step,
             num_processes=self.accelerator.num_processes,
             prompt=self.train_dataset[0]["prompt"] if self.train_dataset is not None else "a photo",
@@ -691,6 +427,39 @@ class MixGRPOTrainer(Trainer):
         card.save(os.path.join(self.args.output_dir, "README.md"))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The Trainer copies files of its own names from the checkpoint; ours are written anew.
+        # Overridden since the Trainer copies files of its own names from the checkpoint; these are written anew.
         self._save(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+_MERGE_NEEDS_LORA = "`merge_lora` must be False without a LoRA, got True. Pass a `peft_config`, or leave it False."
+
+
+def _check_arguments(
+    args: MixGRPOConfig,
+    model: DiffusionPipeline | str | os.PathLike,
+    reward_funcs: Sequence[RewardFunc | str],
+    peft_config: PeftConfig | None,
+) -> None:
+    """Refuse arguments that cannot work together."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process must see one GPU, got {args.n_gpu}, which torch's DataParallel would share. Start one "
+            "process per GPU (`accelerate launch script.py`), or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    if args.merge_lora and peft_config is None and isinstance(model, (str, os.PathLike)):
+        raise ValueError(_MERGE_NEEDS_LORA)
+    if isinstance(args.reward_init_kwargs, dict):
+        if unknown := [name for name in args.reward_init_kwargs if name not in reward_funcs]:
+            raise ValueError(
+                f"`reward_init_kwargs` must be for rewards among `reward_funcs`={list(reward_funcs)}, got "
+                f"{', '.join(unknown)}."
+            )
+    normalize_weights(args.reward_weights, len(reward_funcs))  # checks their number
+
+
+def _evaluations(eval_dataset: PromptDataset | dict[str, PromptDataset] | None) -> list[PromptDataset]:
+    """The datasets of an evaluation."""
+    if eval_dataset is None:
+        return []
+    return list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]

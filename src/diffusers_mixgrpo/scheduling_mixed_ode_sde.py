@@ -9,7 +9,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .kernels import SDE_TYPES, SDEType, gaussian_log_prob, predict_x0, sde_transition
+from .core.transitions import SDE_TYPES, SDEType, Transitions, gaussian_log_prob, predict_x0, sde_transition
 
 
 ODESolver = Literal["euler", "dpmsolver++", "unipc"]
@@ -76,16 +76,17 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         shift_terminal, use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, time_shift_type:
             As in [`FlowMatchEulerDiscreteScheduler`].
         invert_sigmas, stochastic_sampling (`bool`, defaults to `False`):
-            Spelled out for the parent's sake; must stay `False`.
+            Arguments of the parent that must stay `False`.
         sde_type (`str`, defaults to `"flow"`):
-            The transition inside the window: `"flow"`, `"dance"`, `"cps"` or `"dpm"`; see [`kernels.sde_transition`].
+            The transition inside the window: `"flow"`, `"dance"`, `"cps"` or `"dpm"`; see
+            [`~core.transitions.sde_transition`].
         eta (`float`, defaults to 0.7):
-            Amount of noise inside the window, > 0; for `cps` at most 1; `dpm` has no use for it.
+            Amount of noise inside the window, > 0; for `cps` at most 1; `dpm` ignores it.
         window_start (`int`, defaults to 0):
             First stochastic step.
         window_size (`int` or `"all"`, defaults to 4):
             Number of stochastic steps; 0 for none. `"all"` is every step from `window_start` on but the last. The last
-            step is never stochastic: its noise would stay in the picture.
+            step is never stochastic: its noise would stay in the image.
         ode_solver (`str`, defaults to `"euler"`):
             The solver outside the window: `"euler"`, or diffusers' `"dpmsolver++"` or `"unipc"` multistep schedulers.
             The window's predictions are part of their history.
@@ -145,7 +146,7 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
             base_image_seq_len=base_image_seq_len,
             max_image_seq_len=max_image_seq_len,
             invert_sigmas=invert_sigmas,
-            shift_terminal=shift_terminal,  # type: ignore[arg-type]
+            shift_terminal=shift_terminal,
             use_karras_sigmas=use_karras_sigmas,
             use_exponential_sigmas=use_exponential_sigmas,
             use_beta_sigmas=use_beta_sigmas,
@@ -175,6 +176,25 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
     def is_sde_step(self, step_index: int) -> bool:
         """Whether step `step_index` of the schedule that is run is stochastic."""
         return step_index in self._window
+
+    def transitions(self) -> Transitions:
+        """
+        The stochastic steps of the schedule that is set, for a replay that no longer needs the scheduler.
+
+        Raises:
+            `ValueError`: If the schedule is not set.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("The schedule is not set. Call `set_timesteps` first.")
+        start, stop = self._window.start, self._window.stop
+        return Transitions(
+            sde_type=self.config.sde_type,
+            eta=self.config.eta,
+            sigmas=self.sigmas[start:stop],
+            next_sigmas=self.sigmas[start + 1 : stop + 1],
+            sigma_max=self.sigmas[1],
+            timesteps=self.timesteps[start:stop],
+        )
 
     def set_window(self, start: int, size: int | Literal["all"]) -> None:
         """
@@ -225,13 +245,18 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         Raises:
             `ValueError`: If the window does not fit `T` steps, or `timesteps` come with compression.
         """
-        arguments = {"num_inference_steps": num_inference_steps, "sigmas": sigmas, "mu": mu, "timesteps": timesteps}
+        arguments: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "sigmas": sigmas,
+            "mu": mu,
+            "timesteps": timesteps,
+        }
         # 1. Find the window, before anything is changed
         total = _requested_steps(**arguments)
         start, stop = _resolve_window(total, self.config.window_start, self.config.window_size)
         if timesteps is not None and min(self.config.prefix_ratio, self.config.suffix_ratio) < 1:
             raise ValueError(
-                f"`timesteps` must be None, but are {len(timesteps)} values, with a `prefix_ratio` or `suffix_ratio` "
+                "`timesteps` must be None together with a `prefix_ratio` or `suffix_ratio` "
                 "below 1: timesteps are used as given. Pass `sigmas` instead."
             )
 
@@ -337,7 +362,7 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         mean, std_dev = self.transition(model_output, sample, step_index)
         return gaussian_log_prob(prev_sample, mean, std_dev)
 
-    def step(  # type: ignore[override]  # churn and per-token timesteps have no transition to report
+    def step(  # without churn and per-token timesteps, which have no transition to report
         self,
         model_output: Tensor,
         timestep: float | Tensor,
@@ -458,72 +483,77 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         most = 1 if config.sde_type == "cps" else math.inf
         if not 0 < config.eta <= most or math.isinf(config.eta):
             legal = "in (0, 1] for `sde_type='cps'`" if config.sde_type == "cps" else "finite and > 0"
-            raise ValueError(f"`eta` must be {legal}, but is {config.eta!r}.")
+            raise ValueError(f"`eta` must be {legal}, got {config.eta!r}.")
         for name in ("invert_sigmas", "stochastic_sampling"):
             if config[name]:
-                raise ValueError(f"`{name}` must be False, but is {config[name]!r}: it has no part in an ODE step.")
+                raise ValueError(f"`{name}` must be False, got {config[name]!r}: it has no part in an ODE step.")
         for name in ("prefix_ratio", "suffix_ratio"):
             if not 0 < config[name] <= 1:
-                raise ValueError(f"`{name}` must be in (0, 1], but is {config[name]!r}.")
+                raise ValueError(f"`{name}` must be in (0, 1], got {config[name]!r}.")
         for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
             if config[name] and min(config.prefix_ratio, config.suffix_ratio) < 1:
-                raise ValueError(
-                    f"`{name}` must be False, but is True, with `prefix_ratio` or `suffix_ratio` below 1."
-                )
+                raise ValueError(f"`{name}` must be False with `prefix_ratio` or `suffix_ratio` below 1, got True.")
 
     def _check_step_index(self, step_index: int | Tensor) -> None:
         last = len(self.sigmas) - 3
         if self.num_inference_steps is None:
-            raise ValueError("The schedule is not set: call `set_timesteps` first.")
+            raise ValueError("The schedule is not set. Call `set_timesteps` first.")
         if isinstance(step_index, Tensor):
             if step_index.is_floating_point():
-                raise ValueError(f"`step_index` must be an int or a LongTensor, but is of dtype {step_index.dtype}.")
+                raise ValueError(f"`step_index` must be an int or a LongTensor, got dtype {step_index.dtype}.")
             # Only a tensor of the host is looked into: for another, the host would have to wait for the device.
             inside = step_index.device.type != "cpu" or bool(((step_index >= 0) & (step_index <= last)).all())
         else:
             inside = 0 <= step_index <= last
         if not inside:
-            raise ValueError(f"`step_index` must be in [0, {last}], all steps but the last, but is {step_index}.")
+            raise ValueError(f"`step_index` must be in [0, {last}], all steps but the last, got {step_index}.")
 
     def _check_step(self, timestep: float | Tensor, sample: Tensor, variance_noise: Tensor | None) -> None:
         if self.num_inference_steps is None:
-            raise ValueError("The schedule is not set: call `set_timesteps` first.")
+            raise ValueError("The schedule is not set. Call `set_timesteps` first.")
         if not (timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, float)):
-            raise ValueError(f"`timestep` must be one of `scheduler.timesteps`, a float, but is {timestep!r}.")
+            raise ValueError(f"`timestep` must be one of `scheduler.timesteps`, a float, got {timestep!r}.")
         if self.step_index is not None and self.step_index >= len(self.timesteps):
             raise ValueError(f"All {len(self.timesteps)} steps are taken: call `set_timesteps` to begin a new run.")
         if variance_noise is not None and variance_noise.shape != sample.shape:
-            shapes = f"{tuple(sample.shape)}, but is of {tuple(variance_noise.shape)}"
-            raise ValueError(f"`variance_noise` must be of the sample's shape {shapes}.")
+            raise ValueError(
+                f"`variance_noise` must have the sample's shape {tuple(sample.shape)}, got "
+                f"{tuple(variance_noise.shape)}."
+            )
 
 
-def _requested_steps(num_inference_steps=None, sigmas=None, timesteps=None, **_) -> int:
+def _requested_steps(
+    num_inference_steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    timesteps: Sequence[float] | None = None,
+    **_: object,
+) -> int:
     """Steps of the uncompressed schedule."""
     for given in (sigmas, timesteps):
         if num_inference_steps is None and given is not None:
             num_inference_steps = len(given)
     if not isinstance(num_inference_steps, numbers.Integral) or num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` must be an integer >= 1, but is {num_inference_steps!r}.")
+        raise ValueError(f"`num_inference_steps` must be an integer >= 1, got {num_inference_steps!r}.")
     return int(num_inference_steps)
 
 
 def _resolve_window(total: int, start: int, size: int | str) -> tuple[int, int]:
     """First stochastic step and the one after the last, in a schedule of `total` steps."""
     if start > total - 1:
-        raise ValueError(f"`window_start` must be in [0, {total - 1}] for {total} steps, but is {start}.")
+        raise ValueError(f"`window_start` must be in [0, {total - 1}] for {total} steps, got {start}.")
     if size == "all":
         return start, total - 1
     if start + int(size) > total - 1:
         raise ValueError(
-            f"`window_size` must be in [0, {total - 1 - start}] for {total} steps and `window_start={start}`, but is "
-            f"{size}: the last step is never stochastic."
+            f"`window_size` must be in [0, {total - 1 - start}] for {total} steps and `window_start={start}`, got "
+            f"{size}. The last step is never stochastic."
         )
     return start, start + int(size)
 
 
 def _check_choice(name: str, value: object, legal: Sequence) -> None:
     if value not in legal or isinstance(value, bool):
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, but is {value!r}.")
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
 
 
 def _check_window(start: int, size: int | str) -> None:
@@ -531,7 +561,7 @@ def _check_window(start: int, size: int | str) -> None:
         legal = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 0
         if not legal and (name, value) != ("window_size", "all"):
             choice = ' or "all"' if name == "window_size" else ""
-            raise ValueError(f"`{name}` must be an integer >= 0{choice}, but is {value!r}.")
+            raise ValueError(f"`{name}` must be an integer >= 0{choice}, got {value!r}.")
 
 
 def _compressed_length(ratio: float, steps: int) -> int:

@@ -1,6 +1,37 @@
-"""What the sampler and the trainer need to know about one family of pipelines, one file per family."""
+"""
+Pipeline families as policies, one file per family on one base, and what makes a pipeline ready for training.
 
-from .flux import FLUX_LORA_TARGET_MODULES, FluxConditioning, FluxPolicy, load_flux_pipeline
+This table is the only list of families. A family's file is imported when one of its pipelines is used.
+"""
+
+import importlib
+
+from .base import PipelinePolicy
 
 
-__all__ = ["FLUX_LORA_TARGET_MODULES", "FluxConditioning", "FluxPolicy", "load_flux_pipeline"]
+# Class of the diffusers pipeline -> module and class of its policy
+FAMILIES = {
+    "FluxPipeline": ("flux", "FluxPolicy"),
+}
+
+
+def policy_class(pipeline_class: str) -> type[PipelinePolicy]:
+    """
+    The policy of a pipeline family.
+
+    Args:
+        pipeline_class (`str`): Name of the diffusers pipeline class.
+
+    Raises:
+        `TypeError`: If the class is not supported.
+    """
+    if pipeline_class not in FAMILIES:
+        raise TypeError(
+            f"`model` must be one of the supported diffusers pipelines ({', '.join(FAMILIES)}), got "
+            f"{pipeline_class}. To support another family, add a policy for it in policies/."
+        )
+    module, name = FAMILIES[pipeline_class]
+    return getattr(importlib.import_module(f".{module}", __name__), name)
+
+
+__all__ = ["FAMILIES", "PipelinePolicy", "policy_class"]

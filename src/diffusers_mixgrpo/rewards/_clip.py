@@ -1,4 +1,4 @@
-"""What the rewards built on CLIP share: batches, embeddings of prompts, and finding and reading weights."""
+"""Shared parts of the rewards built on CLIP: batching, prompt embeddings, and loading weights."""
 
 import pickle
 import zipfile
@@ -16,15 +16,16 @@ from torch import nn
 
 class BatchedReward:
     """
-    Scores images in batches with a model that it owns. A subclass has a `__name__` and scores one batch in `_score`.
+    Base class of rewards that score images in batches with their own model. A subclass sets `__name__` and implements
+    `_score` for one batch.
 
-    An image that is `None` or cannot be decoded scores `None`; the others are converted to RGB first, which drops an
-    alpha channel. A score depends on its own prompt and image alone, not on the others of its batch.
+    An image that is `None` or cannot be decoded scores `None`. All other images are converted to RGB first, which
+    drops an alpha channel. A score depends only on its own prompt and image, not on the rest of the batch.
 
     Args:
-        model (`torch.nn.Module`): Frozen here and put in evaluation mode.
-        device (`str` or `torch.device`): Where to compute.
-        batch_size (`int`): Most images at once.
+        model (`torch.nn.Module`): The scoring model. It is frozen and put in evaluation mode.
+        device (`str` or `torch.device`): Device of the model.
+        batch_size (`int`): Maximum number of images per forward pass.
 
     Raises:
         `ValueError`: If `batch_size` is less than 1.
@@ -32,15 +33,15 @@ class BatchedReward:
 
     __name__: str
 
-    def __init__(self, model: nn.Module, device: str | torch.device, batch_size: int):
+    def __init__(self, model: nn.Module, device: str | torch.device, batch_size: int) -> None:
         if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        self.model: Any = model.eval().requires_grad_(False)
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}. Use 1 or more.")
+        self.model: Any = model.eval().requires_grad_(False)  # each subclass knows its own architecture
         self.batch_size = batch_size
         self.to(device)
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the model to `device`, compute there from now on, and return this reward."""
+        """Move the model to `device` and return this reward."""
         self.device = torch.device(device)
         self.model.to(self.device)
         return self
@@ -52,17 +53,20 @@ class BatchedReward:
         """
         Args:
             prompts (`list[str]` of length `n`), images (`list[PIL.Image.Image]` of length `n`):
-                Each image with its prompt; images of any mode and size.
+                One prompt per image. Images may have any mode and size.
             columns: Ignored.
 
         Returns:
             `list[float | None]` of length `n`.
 
         Raises:
-            `ValueError`: If there is not one prompt per image.
+            `ValueError`: If the numbers of prompts and images differ.
         """
         if len(prompts) != len(images):
-            raise ValueError(f"One prompt per image is needed, got {len(prompts)} prompts and {len(images)} images.")
+            raise ValueError(
+                f"`prompts` and `images` must have the same length, got {len(prompts)} prompts and {len(images)} "
+                "images. Pass one prompt per image."
+            )
         scores: list[float | None] = []
         for start in range(0, len(images), self.batch_size):
             batch = [to_rgb(image) for image in images[start : start + self.batch_size]]
@@ -75,12 +79,12 @@ class BatchedReward:
         return scores
 
     def _score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> torch.Tensor:
-        """One float32 score for each of a batch's RGB images, of shape `(n,)`."""
+        """The float32 scores of one batch of RGB images, of shape `(n,)`."""
         raise NotImplementedError
 
 
 def to_rgb(image: Image.Image | None) -> Image.Image | None:
-    """The image in RGB, or `None` if it cannot be decoded, as a truncated file."""
+    """The image in RGB, or `None` if it cannot be decoded, for example because its file is truncated."""
     try:
         return None if image is None else image.convert("RGB")
     except (OSError, SyntaxError):  # PIL raises both for broken files
@@ -89,11 +93,11 @@ def to_rgb(image: Image.Image | None) -> Image.Image | None:
 
 def embed_prompts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
     """
-    Text embeddings of a CLIP or SigLIP model, of shape `(n, dim)`, in float32. A prompt that comes twice is embedded
-    once.
+    Text embeddings of a CLIP or SigLIP model, of shape `(n, dim)`, in float32. Repeated prompts are embedded once.
 
-    Prompts are cut and padded to the model's context length. No attention mask is given: CLIP is causal and reads its
-    embedding off the first end-of-text token, which what follows cannot reach, and SigLIP was trained without one.
+    Prompts are truncated and padded to the model's context length. No attention mask is passed: CLIP is causal and
+    takes its embedding from the first end-of-text token, which later tokens cannot influence, and SigLIP was trained
+    without a mask.
     """
     unique = list(dict.fromkeys(prompts))
     length = model.config.text_config.max_position_embeddings
@@ -104,21 +108,22 @@ def embed_prompts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> torch.T
 
 @contextmanager
 def loading(argument: str, value: str) -> Iterator[None]:
-    """Turn the errors of loading what `argument` names into one that says so."""
+    """Turn errors while loading the model or tokenizer that `argument` names into one error that names it."""
     try:
         yield
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         raise OSError(
-            f"`{argument}={value!r}` could not be loaded: {error}\nPass the id of a repository on the Hugging Face "
+            f"`{argument}`={value!r} could not be loaded: {error}\nPass the id of a repository on the Hugging Face "
             "Hub, or the path of an existing local file or folder."
         ) from error
 
 
 def read_weights(location: str, filename: str) -> dict[str, Any]:
     """
-    A PyTorch or safetensors file: `location` itself, `filename` in that folder, or else in that Hub repository.
+    Read a PyTorch or safetensors file: `location` itself if it is a file, else `filename` in the local folder or Hub
+    repository `location`.
 
-    PyTorch files are read with `weights_only=True`: they can run no code.
+    PyTorch files are read with `weights_only=True`, so they cannot run code.
     """
     path = Path(location).expanduser()
     if path.is_dir():
@@ -127,5 +132,5 @@ def read_weights(location: str, filename: str) -> dict[str, Any]:
         path = Path(hf_hub_download(location, filename))
     if path.suffix == ".safetensors":
         return load_file(path)
-    # Files of PyTorch before 1.6 are not zip archives and cannot be mapped into memory
+    # Files of PyTorch before 1.6 are not zip archives and cannot be mapped into memory.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -1,4 +1,4 @@
-"""CLIP score: how well a picture fits its prompt, by any CLIP or SigLIP model."""
+"""CLIP score: how well an image matches its prompt, according to any CLIP or SigLIP model."""
 
 from collections.abc import Sequence
 
@@ -12,26 +12,26 @@ from ._clip import BatchedReward, embed_prompts, loading
 
 class CLIPScoreReward(BatchedReward):
     """
-    CLIP score: cosine similarity of image and prompt, in [-1, 1]; with the default model, pictures that fit their
-    prompt score about 0.2 to 0.35. Neither scaled by 100 or 2.5 nor cut off at 0, as some variants are.
+    CLIP score: cosine similarity of image and prompt, in [-1, 1]. With the default model, images that match their
+    prompt score about 0.2 to 0.35. Unlike some variants, the score is not scaled by 100 or 2.5 and not clipped at 0.
 
-    Any CLIP or SigLIP model of transformers will do
+    Works with any CLIP or SigLIP model of transformers
     ([arXiv:2103.00020](https://huggingface.co/papers/2103.00020), [arXiv:2303.15343](https://huggingface.co/papers/2303.15343)),
     with its own tokenizer and its own preprocessing, done with PIL.
 
-    Weights of the default model: MIT, a download of 1.7 GB. Memory: 1.7 GB in float32, 0.9 GB in bfloat16, and about
+    Weights of the default model: MIT, a download of 1.7 GB. Memory: 1.7 GB in float32, 0.9 GB in bfloat16, plus about
     0.1 GB for a batch of 32.
 
     Args:
         model (`str`, defaults to `"openai/clip-vit-large-patch14"`):
             A Hub repository or folder with the model, its tokenizer and its image processor.
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute.
-        dtype (`torch.dtype`, defaults to `torch.float32`): Type of the weights, such as `torch.bfloat16`.
-        batch_size (`int`, defaults to 32): Most images at once.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Device of the model.
+        dtype (`torch.dtype`, defaults to `torch.float32`): Data type of the weights, such as `torch.bfloat16`.
+        batch_size (`int`, defaults to 32): Maximum number of images per forward pass.
 
     Raises:
         `OSError`: If the model cannot be loaded.
-        `ValueError`: If it embeds no texts and images.
+        `ValueError`: If the model does not embed both texts and images.
 
     Example:
 
@@ -50,15 +50,15 @@ class CLIPScoreReward(BatchedReward):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
-    ):
+    ) -> None:
         with loading("model", model):
             clip = AutoModel.from_pretrained(model, dtype=dtype)
             self.tokenizer = AutoTokenizer.from_pretrained(model)
             self.image_processor = AutoImageProcessor.from_pretrained(model, backend="pil")
         if not hasattr(clip, "get_text_features"):
             raise ValueError(
-                f"`model={model!r}` is a {type(clip).__name__}, which does not embed texts and images together. Pass "
-                "a CLIP or SigLIP model, such as 'openai/clip-vit-large-patch14'."
+                f"`model` must be a CLIP or SigLIP model, got {model!r}, which is a {type(clip).__name__}. Pass one "
+                "that embeds texts and images together, such as 'openai/clip-vit-large-patch14'."
             )
         super().__init__(clip, device, batch_size)
 

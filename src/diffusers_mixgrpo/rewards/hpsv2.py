@@ -1,4 +1,4 @@
-"""HPSv2: which picture people prefer for a prompt, from a CLIP ViT-H/14 fine-tuned on their choices."""
+"""HPSv2: which image people prefer for a prompt, from a CLIP ViT-H/14 fine-tuned on human choices."""
 
 import html
 import re
@@ -16,11 +16,11 @@ from ._clip import BatchedReward, embed_prompts, loading, read_weights
 
 
 FILENAMES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
-HEADS = 16  # of both towers of ViT-H/14. The file does not say: its shapes are the same for any number
+HEADS = 16  # attention heads of both towers of ViT-H/14; the shapes in the checkpoint do not determine them
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
-# Parts of a name in open_clip's files -> in those of transformers
+# Parts of a weight's name in open_clip's files -> in transformers
 PARTS = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.conv1.": "vision_model.embeddings.patch_embedding.",
@@ -46,17 +46,17 @@ LAYER_PARTS = {
 
 class HPSv2Reward(BatchedReward):
     """
-    Human Preference Score v2: cosine similarity of image and prompt, in [-1, 1]; pictures of today's models score
-    about 0.2 to 0.35.
+    Human Preference Score v2: cosine similarity of image and prompt, in [-1, 1]. Images of current models score about
+    0.2 to 0.35.
 
-    The model is a CLIP ViT-H/14 fine-tuned on choices of people between generated pictures
-    ([arXiv:2306.09341](https://huggingface.co/papers/2306.09341)). Scores are those of the `hpsv2` package with
-    torchvision 0.17 or later: the *longer* side is resized to 224 with an antialiased bicubic filter in float32, and
-    the rest is padded with black, so nothing is cropped. (Before, torchvision did not antialias tensors.) On a GPU
-    the package computes in float16 where autocast does; here it is `dtype` throughout.
+    The model is a CLIP ViT-H/14 fine-tuned on people's choices between generated images
+    ([arXiv:2306.09341](https://huggingface.co/papers/2306.09341)). Scores equal those of the `hpsv2` package with
+    torchvision 0.17 or later: the *longer* side is resized to 224 pixels with an antialiased bicubic filter in
+    float32, and the rest is padded with black, so nothing is cropped. (Earlier versions of torchvision did not
+    antialias tensors.) On a GPU the package runs under float16 autocast; this class uses `dtype` throughout.
 
-    Weights: Apache-2.0, a download of 4 GB. Memory: 3.9 GB in float32, 2 GB in bfloat16, and about 0.1 GB for a batch
-    of 32.
+    Weights: Apache-2.0, a download of 4 GB. Memory: 3.9 GB in float32, 2 GB in bfloat16, plus about 0.1 GB for a
+    batch of 32.
 
     Args:
         version (`str`, defaults to `"v2.1"`): `"v2.1"`, trained on more and better data, or `"v2.0"`.
@@ -64,13 +64,13 @@ class HPSv2Reward(BatchedReward):
             A Hub repository or folder with the version's checkpoint, or a checkpoint file in open_clip's layout (.pt
             or .safetensors).
         tokenizer (`str`, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
-            A Hub repository or folder with CLIP's tokenizer. Nothing else is taken from there.
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute.
-        dtype (`torch.dtype`, defaults to `torch.float32`): Type of the weights, such as `torch.bfloat16`.
-        batch_size (`int`, defaults to 32): Most images at once.
+            A Hub repository or folder with CLIP's tokenizer. Nothing else is loaded from there.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Device of the model.
+        dtype (`torch.dtype`, defaults to `torch.float32`): Data type of the weights, such as `torch.bfloat16`.
+        batch_size (`int`, defaults to 32): Maximum number of images per forward pass.
 
     Raises:
-        `ValueError`: If `version` is unknown, or the file holds no CLIP in open_clip's layout.
+        `ValueError`: If `version` is unknown, or the file does not contain a CLIP in open_clip's layout.
         `OSError`: If the weights or the tokenizer cannot be loaded.
 
     Example:
@@ -92,7 +92,7 @@ class HPSv2Reward(BatchedReward):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
-    ):
+    ) -> None:
         if version not in FILENAMES:
             raise ValueError(f"`version` must be one of {', '.join(map(repr, FILENAMES))}, got {version!r}.")
         with loading("tokenizer", tokenizer):
@@ -104,8 +104,8 @@ class HPSv2Reward(BatchedReward):
             clip = load_open_clip(weights, self.tokenizer.eos_token_id, dtype)
         except (KeyError, RuntimeError) as error:
             raise ValueError(
-                f"`model={model!r}` holds no CLIP ViT in open_clip's layout ({error}). Pass a checkpoint of HPSv2, "
-                f"such as {FILENAMES[version]} of the Hub repository xswu/HPSv2."
+                f"`model` must be a checkpoint of a CLIP ViT in open_clip's layout, got {model!r} ({error}). Pass a "
+                f"checkpoint of HPSv2, such as {FILENAMES[version]} of the Hub repository xswu/HPSv2."
             ) from error
         super().__init__(clip, device, batch_size)
 
@@ -119,25 +119,26 @@ class HPSv2Reward(BatchedReward):
 
 
 def preprocess(image: Image.Image, size: int) -> torch.Tensor:
-    """An RGB image as `(3, size, size)`: the longer side resized to `size`, padded with black, normalised."""
+    """An RGB image as `(3, size, size)`: the longer side resized to `size`, padded with black, normalized."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
     scale = size / max(image.size)
     if scale != 1:
         shape = [max(1, round(side * scale)) for side in (image.height, image.width)]
         pixels = F.interpolate(pixels[None], shape, mode="bicubic", align_corners=False, antialias=True)[0]
-    rows, columns = size - pixels.shape[1], size - pixels.shape[2]
+    rows = size - pixels.shape[1]
+    columns = size - pixels.shape[2]
     pixels = F.pad(pixels, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
     return (pixels - MEAN) / STD
 
 
 def clean(text: str) -> str:
     """
-    What open_clip does to a prompt before it splits it into tokens, which transformers' tokenizer leaves out: HTML
-    entities decoded, curly quotes made straight, full-width letters and ligatures plain, control characters removed.
-    Text in a wrong encoding stays as it is; open_clip tries to guess what it was.
+    Clean a prompt as open_clip does before tokenization; transformers' tokenizer omits this step. HTML entities are
+    decoded, curly quotes straightened, full-width letters and ligatures replaced by plain ones, and control characters
+    removed. Unlike in open_clip, wrongly encoded text is not repaired.
     """
     text = html.unescape(html.unescape(text))
-    # Ligatures, then full-width forms; of them all NFKC gives the plain ones
+    # Ligatures and full-width forms; NFKC maps both to plain letters.
     text = re.sub("[ĲĳŉǄ-ǌǱ-ǳﬀ-ﬄﬆ\u3000\uff01-\uffef]", lambda match: unicodedata.normalize("NFKC", match[0]), text)
     text = re.sub("[\u02bc\u2018-\u201b]", "'", text)
     text = re.sub("[\u201c-\u201f]", '"', text)
@@ -147,25 +148,29 @@ def clean(text: str) -> str:
 
 def load_open_clip(weights: dict[str, torch.Tensor], eos_token_id: int, dtype: torch.dtype) -> CLIPModel:
     """
-    A ViT CLIP in open_clip's layout as transformers' [`CLIPModel`]. Sizes are read off the shapes.
+    Load a ViT CLIP in open_clip's layout as a [`~transformers.CLIPModel`]. Its sizes follow from the weights' shapes.
 
     Raises:
-        `KeyError`: If a weight that tells a size is missing.
-        `RuntimeError`: If there are weights too many, too few, or of other shapes.
+        `KeyError`: If a weight that determines a size is missing.
+        `RuntimeError`: If weights are missing, unexpected, or have other shapes.
     """
     weights = {name.removeprefix("module."): weight for name, weight in weights.items()}
+    text_config = {
+        **_tower(weights, "", weights["token_embedding.weight"]),
+        "vocab_size": len(weights["token_embedding.weight"]),
+        "max_position_embeddings": len(weights["positional_embedding"]),
+        "eos_token_id": eos_token_id,
+    }
+    patch_size = weights["visual.conv1.weight"].shape[-1]
+    patches = len(weights["visual.positional_embedding"]) - 1
+    vision_config = {
+        **_tower(weights, "visual.", weights["visual.positional_embedding"]),
+        "patch_size": patch_size,
+        "image_size": patch_size * round(patches**0.5),
+    }
     config = CLIPConfig(
-        text_config=_tower(weights, "", weights["token_embedding.weight"])
-        | {
-            "vocab_size": len(weights["token_embedding.weight"]),
-            "max_position_embeddings": len(weights["positional_embedding"]),
-            "eos_token_id": eos_token_id,
-        },
-        vision_config=_tower(weights, "visual.", weights["visual.positional_embedding"])
-        | {
-            "patch_size": (patch := weights["visual.conv1.weight"].shape[-1]),
-            "image_size": patch * round((len(weights["visual.positional_embedding"]) - 1) ** 0.5),
-        },
+        text_config=text_config,
+        vision_config=vision_config,
         projection_dim=weights["text_projection"].shape[1],
     )
     renamed = dict(pair for name, weight in weights.items() for pair in _rename(name, weight))
@@ -180,7 +185,7 @@ def load_open_clip(weights: dict[str, torch.Tensor], eos_token_id: int, dtype: t
 
 
 def _tower(weights: dict[str, torch.Tensor], prefix: str, embedding: torch.Tensor) -> dict[str, Any]:
-    """The configuration that both towers have."""
+    """The configuration fields that both towers share."""
     blocks = f"{prefix}transformer.resblocks."
     return {
         "hidden_size": embedding.shape[1],
@@ -192,7 +197,7 @@ def _tower(weights: dict[str, torch.Tensor], prefix: str, embedding: torch.Tenso
 
 
 def _rename(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """One weight under its names in transformers: three where queries, keys and values are fused."""
+    """One weight under its name in transformers, or three weights where queries, keys and values are fused."""
     for part, other in PARTS.items():
         if name.startswith(part):
             name = other + name[len(part) :]

@@ -1,4 +1,4 @@
-"""ImageReward: how much people would like a picture for its prompt, from BLIP trained on their comparisons."""
+"""ImageReward: how much people would like an image for its prompt, from BLIP trained on human comparisons."""
 
 import re
 from collections.abc import Sequence
@@ -12,12 +12,13 @@ from ._clip import BatchedReward, loading, read_weights
 
 
 MAX_TOKENS = 35
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output; published with the checkpoint
-HEAD_SIZE = 64  # of an attention head, in ViT-L and BERT-base alike
+MEAN = 0.16717362830052426  # of the head's output, published with the checkpoint
+STD = 1.0333394966054072
+HEAD_SIZE = 64  # channels of an attention head in ViT-L and in BERT-base
 PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 PIXEL_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
-# The checkpoint's names in the picture's encoder -> those of transformers. The text encoder has the same in both.
+# Names of the image encoder's weights: checkpoint -> transformers. The text encoder's names are the same in both.
 _VISION_NAMES = {
     r"^cls_token$": "embeddings.class_embedding",
     r"^pos_embed$": "embeddings.position_embedding",
@@ -32,28 +33,29 @@ _VISION_NAMES = {
 
 class ImageReward(BatchedReward):
     """
-    ImageReward: unbounded, higher is better; most pictures lie between -2 and 2, around a mean of 0.
+    ImageReward: an unbounded score, higher is better. Most images score between -2 and 2, with a mean around 0.
 
-    A BLIP (ViT-L/16 over the picture, BERT-base with cross-attention to it over the prompt) with a linear head,
-    trained on 137k human comparisons of pictures ([arXiv:2304.05977](https://huggingface.co/papers/2304.05977)).
-    Prompts are read up to 35 tokens. Pictures are scaled to 224 pixels on the shorter side and cut to the middle
-    square, so what lies outside of it does not count.
+    The model is a BLIP (ViT-L/16 for the image, BERT-base with cross-attention to it for the prompt) with a linear
+    head, trained on 137k human comparisons of images ([arXiv:2304.05977](https://huggingface.co/papers/2304.05977)).
+    Prompts are truncated to 35 tokens. Images are resized to 224 pixels on the shorter side and center-cropped, so
+    anything outside the center square does not influence the score.
 
-    Weights: Apache-2.0; a download of 1.8 GB. Memory: 1.8 GB in float32, 0.9 GB in bfloat16.
+    Weights: Apache-2.0, a download of 1.8 GB. Memory: 1.8 GB in float32, 0.9 GB in bfloat16.
 
     Args:
         model (`str`, defaults to `"THUDM/ImageReward"`):
-            A Hub repository or folder with `ImageReward.pt`, or such a file (`.pt` or `.safetensors`). Encoders of
-            another size load too, if their attention heads have 64 channels.
+            A Hub repository or folder with `ImageReward.pt`, or the path of such a file (`.pt` or `.safetensors`).
+            Encoders of other sizes are supported if their attention heads have 64 channels.
         tokenizer (`str`, defaults to `"bert-base-uncased"`):
             A Hub repository or folder with the tokenizer of BERT-base.
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute.
-        dtype (`torch.dtype`, defaults to `torch.float32`): Type of the encoders' weights; the head is in float32.
-        batch_size (`int`, defaults to 32): Most images at once.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Device of the model.
+        dtype (`torch.dtype`, defaults to `torch.float32`): Data type of the encoders' weights. The head is always
+            in float32.
+        batch_size (`int`, defaults to 32): Maximum number of images per forward pass.
 
     Raises:
         `OSError`: If the model or the tokenizer cannot be loaded.
-        `ValueError`: If `model` is another kind of checkpoint, or `tokenizer` has tokens that it does not know.
+        `ValueError`: If `model` is another kind of checkpoint, or `tokenizer` has more tokens than the model.
 
     Example:
 
@@ -73,7 +75,7 @@ class ImageReward(BatchedReward):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
-    ):
+    ) -> None:
         with loading("tokenizer", tokenizer):
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.tokenizer.add_special_tokens({"bos_token": "[DEC]"})
@@ -82,14 +84,15 @@ class ImageReward(BatchedReward):
             state = read_weights(model, "ImageReward.pt")
         if not {"blip.visual_encoder.pos_embed", "mlp.layers.0.weight"} <= state.keys():
             raise ValueError(
-                f"`model={model!r}` is not a checkpoint of ImageReward: it has no tensors 'blip.*' and 'mlp.*'. Pass "
+                f"`model` must be a checkpoint of ImageReward with tensors 'blip.*' and 'mlp.*', got {model!r}. Pass "
                 "the ImageReward.pt of https://huggingface.co/THUDM/ImageReward."
             )
         network = _Network(state, dtype)
         if len(self.tokenizer) > network.text.config.vocab_size:
             raise ValueError(
-                f"`tokenizer={tokenizer!r}` has {len(self.tokenizer)} tokens, but `model={model!r}` knows "
-                f"{network.text.config.vocab_size}. Pass the tokenizer that it was trained with, 'bert-base-uncased'."
+                f"`tokenizer` must have at most the {network.text.config.vocab_size} tokens of `model`={model!r}, got "
+                f"{tokenizer!r} with {len(self.tokenizer)}. Pass the tokenizer that the model was trained with, "
+                "'bert-base-uncased'."
             )
         super().__init__(network, device, batch_size)
 
@@ -106,7 +109,7 @@ class ImageReward(BatchedReward):
 
 def to_pixels(image: Image.Image, size: int) -> torch.Tensor:
     """
-    What the model sees of an RGB image: scaled by bicubic interpolation in 8 bits, its middle square, normalised.
+    The model's preprocessing of an RGB image: bicubic resizing in 8 bits, center crop, and normalization.
 
     Returns:
         `torch.Tensor` of shape `(3, size, size)`.
@@ -115,16 +118,17 @@ def to_pixels(image: Image.Image, size: int) -> torch.Tensor:
     width, height = (int(size * side / shorter) for side in image.size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
+    left = round((width - size) / 2)
+    top = round((height - size) / 2)
     square = image.crop((left, top, left + size, top + size))
     values = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
     return (values / 255 - PIXEL_MEAN) / PIXEL_STD
 
 
 class _Network(nn.Module):
-    """The encoders and the head of a checkpoint, whose sizes are read off its tensors."""
+    """The encoders and the head of a checkpoint. Their sizes follow from the shapes of its tensors."""
 
-    def __init__(self, state: dict[str, torch.Tensor], dtype: torch.dtype):
+    def __init__(self, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.vision = _build_vision(_below("blip.visual_encoder.", state))
         self.text = _build_text(_below("blip.text_encoder.", state), self.vision.config.hidden_size)
@@ -132,7 +136,7 @@ class _Network(nn.Module):
         self.head = _build_head(_below("mlp.layers.", state)).float()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """`(n, tokens)`, `(n, tokens)` and `(n, 3, size, size)` -> the head's output of shape `(n,)`, float32."""
+        """From `(n, tokens)`, `(n, tokens)` and `(n, 3, size, size)` to the head's output of shape `(n,)`, float32."""
         patches = self.vision(pixels).last_hidden_state  # (n, 1 + patches, vision width)
         text = self.text(input_ids, attention_mask=attention_mask, encoder_hidden_states=patches)
         return self.head(text.last_hidden_state[:, 0].float()).squeeze(-1)
@@ -156,7 +160,7 @@ def _build_vision(state: dict[str, torch.Tensor]) -> BlipVisionModel:
 
 
 def _build_text(state: dict[str, torch.Tensor], vision_width: int) -> BlipTextModel:
-    state.pop("embeddings.position_ids", None)  # a constant that BERT used to save
+    state.pop("embeddings.position_ids", None)  # a constant that older versions of BERT save
     vocab_size, width = state["embeddings.word_embeddings.weight"].shape
     config = BlipTextConfig(
         vocab_size=vocab_size,
@@ -167,7 +171,7 @@ def _build_text(state: dict[str, torch.Tensor], vision_width: int) -> BlipTextMo
         num_attention_heads=width // HEAD_SIZE,
         max_position_embeddings=state["embeddings.position_embeddings.weight"].shape[0],
         layer_norm_eps=1e-12,
-        is_decoder=True,  # gives the layers their cross-attention; the mask remains that of an encoder
+        is_decoder=True,  # adds cross-attention; the attention mask remains that of an encoder
     )
     model = BlipTextModel(config, add_pooling_layer=False)
     model.load_state_dict(state)
@@ -175,7 +179,7 @@ def _build_text(state: dict[str, torch.Tensor], vision_width: int) -> BlipTextMo
 
 
 def _build_head(state: dict[str, torch.Tensor]) -> nn.Sequential:
-    """Linear layers with nothing between them: the numbers missing in their names are dropouts."""
+    """Linear layers without activations. The numbers missing in their names are dropout layers."""
     head = nn.Sequential()
     for number in sorted({name.split(".")[0] for name in state}, key=int):
         outputs, inputs = state[f"{number}.weight"].shape

@@ -1,4 +1,4 @@
-"""JPEG compressibility: how small a picture's JPEG file is. A reward that needs no weights, to try a trainer with."""
+"""JPEG compressibility: how small an image's JPEG file is. It needs no weights, which is convenient for testing."""
 
 import io
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ def jpeg_compressibility(
     prompts: Sequence[str], images: Sequence[Image.Image | None], **columns: Any
 ) -> list[float | None]:
     """
-    Minus the size of each picture's JPEG file at quality 95, in kilobytes of 1000 bytes, as in DDPO
-    ([arXiv:2305.13301](https://huggingface.co/papers/2305.13301)). Below 0: at 512x512 pixels, about -5 for a plain
-    picture of one colour and -300 for noise.
+    Negative size of each image's JPEG file at quality 95, in kilobytes (1000 bytes), as in DDPO
+    ([arXiv:2305.13301](https://huggingface.co/papers/2305.13301)). Always below 0: at 512x512 pixels, about -5 for an
+    image of a single color and -300 for noise.
 
-    Sizes grow with the number of pixels and differ a little between releases of PIL and its JPEG library.
+    Sizes grow with the number of pixels and differ slightly between versions of PIL and its JPEG library.
 
     Args:
-        prompts (`list[str]`): Not looked at.
-        images (`list[PIL.Image.Image]`): Of any mode and size.
+        prompts (`list[str]`): Ignored.
+        images (`list[PIL.Image.Image]`): Images of any mode and size.
         columns: Ignored.
 
     Returns:
-        `list[float | None]`, one per image; `None` if it cannot be decoded.
+        `list[float | None]`: one score per image, `None` if the image cannot be decoded.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""PickScore: which picture people prefer for a prompt, from a CLIP ViT-H/14 fine-tuned on Pick-a-Pic."""
+"""PickScore: which image people prefer for a prompt, from a CLIP ViT-H/14 fine-tuned on Pick-a-Pic."""
 
 from collections.abc import Sequence
 
@@ -12,24 +12,24 @@ from ._clip import BatchedReward, embed_prompts, loading
 
 class PickScoreReward(BatchedReward):
     """
-    PickScore: cosine similarity of image and prompt times the model's temperature (about 100); pictures of today's
+    PickScore: cosine similarity of image and prompt times the model's temperature (about 100). Images of current
     models score about 18 to 24.
 
-    The model is a CLIP ViT-H/14 fine-tuned on choices of users between generated pictures
-    ([arXiv:2305.01569](https://huggingface.co/papers/2305.01569)). Scores are the original's; some trainers divide
-    them by 26 to be near those of other rewards, which `reward_weights` can do, and which advantages that are divided
-    by the group's standard deviation do not feel.
+    The model is a CLIP ViT-H/14 fine-tuned on users' choices between generated images
+    ([arXiv:2305.01569](https://huggingface.co/papers/2305.01569)). Scores equal those of the original. Some trainers
+    divide them by 26 to bring them close to other rewards; `reward_weights` can do the same. The division has no
+    effect on advantages that are divided by the group's standard deviation.
 
-    Weights: see the model card for their licence; a download of 4 GB. Memory: 3.9 GB in float32, 2 GB in bfloat16,
-    and about 0.1 GB for a batch of 32.
+    Weights: see the model card for their license; a download of 4 GB. Memory: 3.9 GB in float32, 2 GB in bfloat16,
+    plus about 0.1 GB for a batch of 32.
 
     Args:
         model (`str`, defaults to `"yuvalkirstain/PickScore_v1"`): A Hub repository or folder with the model.
         processor (`str`, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
             A Hub repository or folder with the tokenizer and the image processor.
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute.
-        dtype (`torch.dtype`, defaults to `torch.float32`): Type of the weights, such as `torch.bfloat16`.
-        batch_size (`int`, defaults to 32): Most images at once.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Device of the model.
+        dtype (`torch.dtype`, defaults to `torch.float32`): Data type of the weights, such as `torch.bfloat16`.
+        batch_size (`int`, defaults to 32): Maximum number of images per forward pass.
 
     Raises:
         `OSError`: If the model or the processor cannot be loaded.
@@ -52,10 +52,10 @@ class PickScoreReward(BatchedReward):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
-    ):
+    ) -> None:
         with loading("processor", processor):
             self.tokenizer = AutoTokenizer.from_pretrained(processor)
-            # The original resized with PIL, in 8 bits
+            # The original resizes with PIL in 8 bits.
             self.image_processor = AutoImageProcessor.from_pretrained(processor, backend="pil")
         with loading("model", model):
             clip = CLIPModel.from_pretrained(model, dtype=dtype)

@@ -1,12 +1,12 @@
-"""UnifiedReward: a vision-language model trained to score pictures."""
+"""UnifiedReward: a vision-language model trained to score images."""
 
 from typing import Any
 
 from .vlm_judge import VLMJudge, parse_score
 
 
-# The words that the model was trained on for pointwise scores of generated images; other words are worth less.
-# Source: https://github.com/CodeGoat24/UnifiedReward (MIT licence).
+# The prompt that the model was trained on for pointwise scores of generated images; other wordings score worse.
+# Source: https://github.com/CodeGoat24/UnifiedReward (MIT license).
 QUESTION = (
     "You are given a text caption and a generated image based on that caption. Your task is to evaluate this image "
     "based on two key criteria:\n"
@@ -24,20 +24,20 @@ QUESTION = (
 
 class UnifiedReward(VLMJudge):
     """
-    UnifiedReward's pointwise score in [1, 5]: how well the picture fits its caption, and how good it looks.
+    UnifiedReward's pointwise score in [1, 5]: how well the image matches its caption, and how good it looks.
 
-    A [`VLMJudge`] with that model's own question, parser and picture format, as MixGRPO's authors use it. Made for
-    the models of the first series (`CodeGoat24/UnifiedReward-qwen-3b`, `-7b`, `-32b`, `UnifiedReward-7b-v1.5`); those
-    of the series 2.0 are trained to give three scores (alignment, coherence, style) to another question: ask it with
-    a [`VLMJudge`].
+    This is a [`VLMJudge`] with the model's own question, parser and image format, as used by the authors of MixGRPO.
+    It is made for the models of the first series (`CodeGoat24/UnifiedReward-qwen-3b`, `-7b`, `-32b`,
+    `UnifiedReward-7b-v1.5`). The models of the 2.0 series are trained to give three scores (alignment, coherence,
+    style) to another question; use a [`VLMJudge`] with that question instead.
 
-    Paper: Wang et al., "Unified Reward Model for Multimodal Understanding and Generation", arXiv 2503.05236. Weights
-    under the MIT licence; the server needs about 18 GB of GPU memory for 7b in bfloat16.
+    Paper: Wang et al., "Unified Reward Model for Multimodal Understanding and Generation", arXiv 2503.05236. The
+    weights have the MIT license; the server needs about 18 GB of GPU memory for the 7B model in bfloat16.
 
     Args:
-        url (`str`, defaults to `"http://localhost:8000/v1"`): Where the server's API begins.
+        url (`str`, defaults to `"http://localhost:8000/v1"`): Base URL of the server's API.
         model (`str`, defaults to `"CodeGoat24/UnifiedReward-qwen-7b"`): The model's name on the server.
-        options: All else of [`VLMJudge`].
+        options: Other arguments of [`VLMJudge`].
 
     Example:
 
@@ -49,15 +49,15 @@ class UnifiedReward(VLMJudge):
 
     def __init__(
         self, url: str = "http://localhost:8000/v1", model: str = "CodeGoat24/UnifiedReward-qwen-7b", **options: Any
-    ):
-        own: dict[str, Any] = {
+    ) -> None:
+        defaults: dict[str, Any] = {
             "name": "unifiedreward",
             "question": QUESTION,
             "parse": parse_final_score,
             "image_format": "JPEG",
             "max_tokens": 1024,
         }
-        super().__init__(url, model, **(own | options))
+        super().__init__(url, model, **(defaults | options))
 
 
 def parse_final_score(text: str) -> float | None:

@@ -1,4 +1,4 @@
-"""A vision-language model as the judge, behind any server with the OpenAI-compatible chat API."""
+"""A vision-language model as a judge, on any server with an OpenAI-compatible chat API."""
 
 import json
 import re
@@ -16,7 +16,7 @@ QUESTION = (
     "a line of this form, with your rating for N:\nScore: N"
 )
 
-# Quotes and markup may stand around the label and the colon, a scale in brackets after the label.
+# The label and the colon may be surrounded by quotes and markup, and a scale in brackets may follow the label.
 _MARKUP = r"[\s*_`\"']{0,9}"
 _LABEL_END = rf"\b{_MARKUP}(?:\([^()]{{0,40}}\))?{_MARKUP}[:=][\s*_`\"'\[(<]{{0,9}}(?=[+-]?\d)"
 _NUMBER = re.compile(
@@ -26,41 +26,40 @@ _NUMBER = re.compile(
 
 class VLMJudge(HTTPReward):
     """
-    What a vision-language model answers when it is asked to rate the picture. Use it with `await`, or give it to the
-    trainer.
+    Score of an image given by a vision-language model. Call it with `await`, or pass it to the trainer.
 
-    The model runs on a server with the OpenAI-compatible chat API: vLLM, sglang or any other, on this machine or
-    elsewhere. Each image is one chat of its own: the picture, then the question.
+    The model runs on a server with an OpenAI-compatible chat API, such as vLLM or SGLang, locally or on another
+    machine. Each image is a separate chat with the image followed by the question.
 
-    With the default question the score is in [1, 10], as the model said it. Memory and licence are those of the
-    server's model: the default one has Apache-2.0 weights and needs about 18 GB of GPU memory.
+    With the default question the score is in [1, 10], unchanged from the model's answer. Memory and license depend on
+    the server's model: the default model has Apache-2.0 weights and needs about 18 GB of GPU memory.
 
     Args:
-        url (`str`, defaults to `"http://localhost:8000/v1"`): Where the server's API begins.
-        model (`str`): The model's name on the server.
-        question (`str`): What is asked; `{prompt}` in it stands for the image's prompt.
+        url (`str`, defaults to `"http://localhost:8000/v1"`): Base URL of the server's API.
+        model (`str`, defaults to `"Qwen/Qwen2.5-VL-7B-Instruct"`): The model's name on the server.
+        question (`str`, *optional*): The question; its `{prompt}` is replaced by the image's prompt.
         parse (`Callable[[str], float | None]`, defaults to [`parse_score`]):
-            Reads the score out of the model's answer; `None` if there is none.
+            Extracts the score from the model's answer, or returns `None` if there is none.
         name (`str`, defaults to `"vlm_judge"`): The reward's name in logs.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): See [`HTTPReward`].
-        max_concurrency (`int`, defaults to 16): Most requests under way at once.
-        timeout (`float`, defaults to 60.0): Seconds for one request.
+        max_concurrency (`int`, defaults to 16): Maximum number of concurrent requests.
+        timeout (`float`, defaults to 60.0): Time limit of one request in seconds.
         max_retries (`int`, defaults to 3), backoff (`float`, defaults to 1.0): See [`HTTPReward`].
         image_format (`str`, defaults to `"PNG"`): `"PNG"`, or the smaller `"JPEG"`.
         temperature (`float`, *optional*, defaults to 0.0), max_tokens (`int`, *optional*, defaults to 512):
-            Of the model's answer. Not sent if `None`, for servers that know others.
+            Sampling parameters of the model's answer. Omitted from the request if `None`.
         extra_body (`dict`, *optional*):
-            More fields of the request, such as `{"chat_template_kwargs": {"enable_thinking": False}}`.
+            Additional fields of the request, such as `{"chat_template_kwargs": {"enable_thinking": False}}`.
 
     Raises:
         `ValueError`: If an argument is out of range or `question` lacks `{prompt}`.
-        `TypeError`: If `extra_body` does not fit into JSON.
+        `TypeError`: If `extra_body` cannot be serialized to JSON.
 
     Example:
 
     ```python
     # vllm serve Qwen/Qwen2.5-VL-7B-Instruct
-    judge = VLMJudge(question="Is this a picture of {prompt}? Answer with Score: 1 for no to Score: 10 for yes.")
+    judge = VLMJudge(question="Is this an image of {prompt}? Answer with Score: 1 for no to Score: 10 for yes.")
     scores = asyncio.run(judge(["a cat"], [image]))
     ```
     """
@@ -82,7 +81,7 @@ class VLMJudge(HTTPReward):
         temperature: float | None = 0.0,
         max_tokens: int | None = 512,
         extra_body: dict[str, Any] | None = None,
-    ):
+    ) -> None:
         super().__init__(
             url.rstrip("/") + "/chat/completions",
             name=name,
@@ -95,11 +94,16 @@ class VLMJudge(HTTPReward):
             backoff=backoff,
         )
         if "{prompt}" not in question:
-            raise ValueError(f"`question` must have {{prompt}} where the image's prompt belongs, got {question!r}.")
+            raise ValueError(
+                f"`question` must contain {{prompt}}, got {question!r}. Insert it where the image's prompt belongs."
+            )
         try:
             json.dumps(extra_body)
         except TypeError as error:
-            raise TypeError(f"`extra_body` must fit into JSON, but {error}.") from None
+            raise TypeError(
+                f"`extra_body` must be serializable to JSON, got {extra_body!r} ({error}). Use strings, numbers, "
+                "lists and dicts."
+            ) from None
         self.model = model
         self.question = question
         self.parse = parse or parse_score
@@ -108,18 +112,17 @@ class VLMJudge(HTTPReward):
         self.extra_body = extra_body
 
     def _request(self, prompts: Sequence[str], images: list[str], columns: dict[str, list[Any]]) -> dict[str, Any]:
-        picture = f"data:image/{self.image_format.lower()};base64,{images[0]}"
+        image_url = f"data:image/{self.image_format.lower()};base64,{images[0]}"
         content = [
-            {"type": "image_url", "image_url": {"url": picture}},
+            {"type": "image_url", "image_url": {"url": image_url}},
             {"type": "text", "text": self.question.replace("{prompt}", prompts[0])},
         ]
-        options = {"temperature": self.temperature, "max_tokens": self.max_tokens}
-        return {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            **{key: value for key, value in options.items() if value is not None},
-            **(self.extra_body or {}),
-        }
+        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": content}]}
+        if self.temperature is not None:
+            body["temperature"] = self.temperature
+        if self.max_tokens is not None:
+            body["max_tokens"] = self.max_tokens
+        return body | (self.extra_body or {})
 
     def _read(self, answer: Any, count: int) -> list[float | None]:
         try:
@@ -130,26 +133,27 @@ class VLMJudge(HTTPReward):
                 f"the answer has no choices[0].message.content: {self._shorten(answer)!r}"
             ) from None
         if not isinstance(text, str):
-            raise RemoteRewardError(f"the answer's choices[0].message.content is not a text: {self._shorten(text)!r}")
+            raise RemoteRewardError(f"the answer's choices[0].message.content is no string: {self._shorten(text)!r}")
         score = finite(self.parse(text))
         if score is None:
-            cut = f", cut off at max_tokens={self.max_tokens}" if choice.get("finish_reason") == "length" else ""
-            raise RemoteRewardError(f"no score in the model's answer that ends with {text[-80:]!r}{cut}")
+            truncated = choice.get("finish_reason") == "length"
+            note = f", cut off at max_tokens={self.max_tokens}" if truncated else ""
+            raise RemoteRewardError(f"no score in the model's answer that ends with {text[-80:]!r}{note}")
         return [score]
 
 
 def parse_score(text: str, label: str = "Score", low: float = 1, high: float = 10) -> float | None:
     """
-    The number after the last `Score:` of an answer, in whatever markup: `Score: 8`, `**score:** 7.5/10.`.
+    The number after the last `Score:` in an answer, with or without markup: `Score: 8`, `**score:** 7.5/10.`.
 
     Args:
-        text (`str`): The answer.
-        label (`str`): What stands before the colon, in upper or lower case.
-        low, high (`float`): The scale.
+        text (`str`): The model's answer.
+        label (`str`, defaults to `"Score"`): The label before the colon; case is ignored.
+        low, high (`float`, default to 1 and 10): The limits of the scale.
 
     Returns:
-        `float`, or `None` if there is no number, one outside of the scale, on another scale (`8/100`), or one that
-        goes on in another way (`7-8`, `80%`).
+        `float`, or `None` if there is no number, or if the number is outside the scale, on another scale (`8/100`) or
+        part of another expression (`7-8`, `80%`).
     """
     found = list(re.finditer(rf"\b{re.escape(label)}{_LABEL_END}", text, re.IGNORECASE))
     match = _NUMBER.match(text, found[-1].end()) if found else None

@@ -1,4 +1,4 @@
-"""A tiny FLUX for laptops: a whole `FluxPipeline` of 6 MB, its prompts, and a reward that can be verified.
+"""A tiny FLUX that trains on a laptop: a complete 6 MB pipeline, its prompts, and a verifiable reward.
 
 ```python
 from diffusers_mixgrpo import toy
@@ -8,24 +8,22 @@ image = pipe("a small red circle at the top on gray").images[0]
 toy.toy_reward(["a small red circle at the top on gray"], [image])
 ```
 
-The pipeline was pretrained by `examples/build_toy_flux.py` on captions with wrong words in them, so it draws well and
-listens badly. Every class in it is a stock one, in the layout of FLUX.1-dev.
+The pipeline was pretrained by `examples/build_toy_flux.py` on captions with random mistakes, so it renders well but
+follows prompts poorly; RL closes that gap. All of its classes are those of FLUX.1-dev. Configurations name the rewards
+as `diffusers_mixgrpo.toy:toy_reward`, `diffusers_mixgrpo.toy:wholly_right` and `diffusers_mixgrpo.toy:extra_objects`.
 """
 
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .reward import Judgement, extra_objects, judge, toy_reward, wholly_right
+from diffusers import DiffusionPipeline
+
+from .reward import Judgment, extra_objects, judge, toy_reward, wholly_right
 from .scenes import SIZE, Scene, all_captions, caption, draw, is_held_out, parse
 
 
-if TYPE_CHECKING:
-    from diffusers import FluxPipeline
-
-
 __all__ = [
-    "Judgement",
+    "Judgment",
     "Scene",
     "SIZE",
     "caption",
@@ -42,35 +40,33 @@ __all__ = [
 
 
 def path() -> str:
-    """Folder of the bundled pipeline, for `FluxPipeline.from_pretrained(toy.path())`."""
+    """Folder of the bundled pipeline, for `DiffusionPipeline.from_pretrained(toy.path())`."""
     return str(Path(__file__).parent / "pipeline")
 
 
-def load() -> "FluxPipeline":
+def load() -> DiffusionPipeline:
     """
-    The bundled pipeline, with its own picture size as the default.
+    Load the bundled pipeline, with its image size of 64x64 pixels as the default.
 
-    `FluxPipeline` does not store its default size: one that is loaded from [`path`] must be told `height=64` and
-    `width=64`.
+    A pipeline does not store its default size, so one that is loaded from [`path`] needs `height=64` and `width=64` in
+    each call.
     """
-    from diffusers import FluxPipeline
-
-    pipe = FluxPipeline.from_pretrained(path())
+    pipe = DiffusionPipeline.from_pretrained(path())
     pipe.default_sample_size = SIZE // pipe.vae_scale_factor
     return pipe
 
 
 def prompts(split: str, count: int | None = None, seed: int = 0) -> list[str]:
     """
-    Captions of one side of the split; no caption is on both.
+    Captions of one split; the two splits do not overlap.
 
     Args:
-        split (`str`): `"train"`, or `"test"` for those that neither the base model nor any policy is trained on.
-        count (`int`, *optional*): how many; all of them if `None`.
-        seed (`int`): of the choice and of the order.
+        split (`str`): `"train"`, or `"test"` for captions on which neither the base model nor a policy is trained.
+        count (`int`, *optional*): Number of captions. `None` returns all of them.
+        seed (`int`, defaults to 0): Seed of the selection and the order.
 
     Raises:
-        ValueError: if `split` is unknown or holds fewer than `count` captions.
+        `ValueError`: If `split` is unknown or has fewer than `count` captions.
     """
     if split not in ("train", "test"):
         raise ValueError(f"`split` must be 'train' or 'test', got {split!r}.")

@@ -1,40 +1,42 @@
-"""The toy's verifiable reward: plain image analysis, no model.
+"""The toy's verifiable reward: classical image analysis without a model.
 
-A picture is taken apart into connected blobs that differ from its background. Each is measured: its colour, how well
-it fills the outline of each shape, its centre, its size. These are then held against the caption. Scores lie in
-[0, 1]; a rightly drawn picture has 1, and nothing that is drawn too much ever raises a score.
+An image is segmented into connected blobs that differ from its background. The color, shape, center and size of each
+blob are measured and compared with the caption. Scores are in [0, 1]: a correct image scores 1, and extra objects
+never increase a score.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
-from .scenes import BACKGROUNDS, COLOURS, CROSS_ARM, PLACES, SHAPES, SIZE, SIZES, Scene, parse
+from .scenes import BACKGROUNDS, COLORS, CROSS_ARM, PLACES, SHAPES, SIZE, SIZES, Scene, parse
 
 
-MIN_AREA = 12  # pixels; smaller blobs are specks, not objects
-_PALETTE = np.array([*BACKGROUNDS.values(), *COLOURS.values()], dtype=np.float32)
-_NAMES = [*BACKGROUNDS, *COLOURS]
+MIN_AREA = 12  # in pixels; smaller blobs are specks, not objects
+_PALETTE = np.array([*BACKGROUNDS.values(), *COLORS.values()], dtype=np.float32)
+_NAMES = [*BACKGROUNDS, *COLORS]
 
 
 @dataclass(frozen=True)
 class Blob:
     """
-    One object found in a picture.
+    One object found in an image.
 
     Attributes:
-        colour (`dict[str, float]`): for each colour, the share of the inner pixels that are nearest to it.
-        shape (`dict[str, float]`): for each shape, the overlap (intersection over union) with the shape drawn into
-            the blob's bounding box.
-        x, y (`float`): the middle of the bounding box, in pixels.
-        width, height (`int`): of the bounding box, in pixels.
+        color (`dict[str, float]`): For each color, the share of the inner pixels that are nearest to it.
+        shape (`dict[str, float]`): For each shape, the intersection over union with the shape drawn into the blob's
+            bounding box.
+        x, y (`float`): Center of the bounding box, in pixels.
+        width, height (`int`): Size of the bounding box, in pixels.
     """
 
-    colour: dict[str, float]
+    color: dict[str, float]
     shape: dict[str, float]
     x: float
     y: float
@@ -43,14 +45,14 @@ class Blob:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgment:
     """
-    How a picture does against its caption.
+    The result of comparing an image with its caption.
 
     Attributes:
-        score (`float`): the graded reward, in [0, 1].
-        right (`bool`): the stricter judgement: everything asked for is there beyond doubt, and nothing else.
-        drawn, wanted (`int`): how many objects the picture shows and how many the caption asks for.
+        score (`float`): The graded reward, in [0, 1].
+        right (`bool`): The strict criterion: the image clearly shows everything in the caption, and nothing else.
+        drawn, wanted (`int`): Number of objects in the image and in the caption.
     """
 
     score: float
@@ -59,76 +61,81 @@ class Judgement:
     wanted: int
 
 
-def toy_reward(prompts: list[str], images: list[Image.Image], **columns) -> list[float]:
+def toy_reward(prompts: Sequence[str], images: Sequence[Image.Image], **columns: Any) -> list[float]:
     """
-    Graded score of each picture against its caption: the mean match of colour and shape, times the smaller over the
-    larger of the numbers of objects wanted and drawn, and 0.6 times for each of a wrong place, size and background.
+    Graded score of each image: the mean match of color and shape, times the ratio of the smaller to the larger of the
+    wanted and drawn numbers of objects, times 0.6 for each of a wrong place, size and background.
 
     Args:
-        prompts (`list[str]`): captions of the toy world, one for each image.
-        images (`list[PIL.Image.Image]`): 64x64 RGB pictures.
+        prompts (`list[str]`): Captions of the toy world, one per image.
+        images (`list[PIL.Image.Image]`): 64x64 RGB images.
+        columns: Ignored.
 
     Returns:
-        `list[float]`: one score in [0, 1] for each image.
+        `list[float]`: One score in [0, 1] per image.
     """
     return [judge(prompt, image).score for prompt, image in zip(prompts, images, strict=True)]
 
 
-def wholly_right(prompts: list[str], images: list[Image.Image], **columns) -> list[float]:
-    """1 for each picture that is right beyond doubt and 0 for the others: the share of them is what a user sees."""
+def wholly_right(prompts: Sequence[str], images: Sequence[Image.Image], **columns: Any) -> list[float]:
+    """1 for each image that is clearly correct and 0 for the others, so that the mean is the share of such images."""
     return [float(judge(prompt, image).right) for prompt, image in zip(prompts, images, strict=True)]
 
 
-def extra_objects(prompts: list[str], images: list[Image.Image], **columns) -> list[float]:
-    """How many objects more than asked for each picture shows; negative if some are missing."""
+def extra_objects(prompts: Sequence[str], images: Sequence[Image.Image], **columns: Any) -> list[float]:
+    """The number of extra objects in each image; negative if objects are missing."""
     verdicts = [judge(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
     return [float(verdict.drawn - verdict.wanted) for verdict in verdicts]
 
 
-def judge(prompt: str, image: Image.Image) -> Judgement:
+def judge(prompt: str, image: Image.Image) -> Judgment:
     """
-    Takes a picture apart and holds it against its caption.
+    Compare an image with its caption.
 
     Raises:
-        ValueError: if `prompt` is not a caption of the toy world.
+        `ValueError`: If `prompt` is not a caption of the toy world.
+        `ImportError`: If scipy is not installed.
     """
     return _judge(prompt, image.convert("RGB").resize((SIZE, SIZE)).tobytes())
 
 
-@lru_cache(maxsize=1024)  # several of the functions above often ask for the same pictures
-def _judge(prompt: str, picture: bytes) -> Judgement:
+@lru_cache(maxsize=1024)  # the rewards above are often used together on the same images
+def _judge(prompt: str, image: bytes) -> Judgment:
     scene = parse(prompt)
-    pixels = np.frombuffer(picture, dtype=np.uint8).reshape(SIZE, SIZE, 3).astype(np.float32)
-    # |pixel - colour|^2 for all colours, less |pixel|^2, which is the same for all
+    pixels = np.frombuffer(image, dtype=np.uint8).reshape(SIZE, SIZE, 3).astype(np.float32)
+    # |pixel - color|^2 for all colors, without the term |pixel|^2 that is the same for all of them.
     nearest = (np.square(_PALETTE).sum(-1) - 2 * pixels @ _PALETTE.T).argmin(-1)
     blobs, empty, specks = find_blobs(pixels, nearest)
 
-    ground = (nearest == _NAMES.index(scene.background))[empty].mean() if empty.any() else 0.0
-    ground = _ramp(float(ground), 0.5, 0.9)
-    score = _match(scene, blobs) * _factor(ground)
-    right = score > 0.999 and specks == 0 and all(max(blob.shape.values()) > 0.82 for blob in blobs)
-    return Judgement(score=score, right=right, drawn=len(blobs), wanted=scene.number)
+    share = float((nearest == _NAMES.index(scene.background))[empty].mean()) if empty.any() else 0.0
+    score = _match(scene, blobs) * _factor(_ramp(share, 0.5, 0.9))
+    clear = all(max(blob.shape.values()) > 0.82 for blob in blobs)
+    right = score > 0.999 and specks == 0 and clear
+    return Judgment(score=score, right=right, drawn=len(blobs), wanted=scene.number)
 
 
 def find_blobs(pixels: np.ndarray, nearest: np.ndarray) -> tuple[list[Blob], np.ndarray, int]:
     """
-    Finds the objects of a picture.
+    Find the objects of an image.
 
     Args:
-        pixels (`np.ndarray` of shape `(height, width, 3)`): RGB in [0, 255].
-        nearest (`np.ndarray` of shape `(height, width)`): the palette's entry nearest to each pixel.
+        pixels (`np.ndarray` of shape `(height, width, 3)`): RGB values in [0, 255].
+        nearest (`np.ndarray` of shape `(height, width)`): Index of the palette color nearest to each pixel.
 
     Returns:
-        The blobs; a mask of the empty pixels, of shape `(height, width)`; and the number of specks.
+        `tuple`: The blobs, a mask of the empty pixels of shape `(height, width)`, and the number of specks.
     """
-    # 1. The background is the most common of the three background colours; what is far from it is an object.
+    ndimage = _import_ndimage()
+
+    # 1. The background is the most common of the three background colors. Pixels far from it belong to objects.
     counts = np.bincount(nearest.ravel(), minlength=len(_NAMES))[: len(BACKGROUNDS)]
     ground = _PALETTE[int(counts.argmax())]
     filled = np.sqrt(np.square(pixels - ground).sum(-1)) > 75.0
 
-    # 2. Objects are connected, and large enough to be seen.
-    labels, count = ndimage.label(filled)
-    blobs, specks = [], 0
+    # 2. Objects are connected components above a minimum area.
+    labels, _ = ndimage.label(filled)
+    blobs = []
+    specks = 0
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
         mask = labels[box] == index
         if mask.sum() < MIN_AREA:
@@ -139,13 +146,13 @@ def find_blobs(pixels: np.ndarray, nearest: np.ndarray) -> tuple[list[Blob], np.
 
 
 def _measure(mask: np.ndarray, nearest: np.ndarray, box: tuple[slice, slice]) -> Blob:
-    inner = ndimage.binary_erosion(mask)  # the rim is a mixture of two colours
+    inner = _import_ndimage().binary_erosion(mask)  # without the rim, which mixes two colors
     inside = nearest[inner if inner.any() else mask]
     shares = np.bincount(inside, minlength=len(_NAMES)) / len(inside)
     height, width = mask.shape
     shape = {name: _overlap(mask, outline) for name, outline in _outlines(height, width).items()}
     return Blob(
-        colour={name: float(shares[_NAMES.index(name)]) for name in COLOURS},
+        color={name: float(shares[_NAMES.index(name)]) for name in COLORS},
         shape=shape,
         x=box[1].start + width / 2,
         y=box[0].start + height / 2,
@@ -155,6 +162,7 @@ def _measure(mask: np.ndarray, nearest: np.ndarray, box: tuple[slice, slice]) ->
 
 
 def _outlines(height: int, width: int) -> dict[str, np.ndarray]:
+    """A mask of each shape, drawn into a box of this size."""
     v, u = np.mgrid[0:height, 0:width]
     u = np.abs((u + 0.5) / width * 2 - 1)
     v = (v + 0.5) / height * 2 - 1
@@ -181,16 +189,18 @@ def _factor(share: float) -> float:
 
 def _match(scene: Scene, blobs: list[Blob]) -> float:
     """
-    How well the blobs are the wanted objects in their wanted place and size, in [0, 1].
+    How well the blobs match the wanted objects in look, place and size, in [0, 1].
 
-    With more blobs than wanted, the *worst* choice of as many as wanted counts, so that no object that is drawn on
-    top, whatever it looks like, can raise the score.
+    With more blobs than wanted objects, the *worst* selection of the wanted number counts. An extra object can
+    therefore never increase the score, whatever it looks like.
     """
-    wanted, drawn = scene.number, len(blobs)
-    if drawn == 0 or drawn > 8:  # nothing, or a picture in pieces
+    wanted = scene.number
+    drawn = len(blobs)
+    if drawn == 0 or drawn > 8:  # an empty or a fragmented image
         return 0.0
-    chosen = combinations(blobs, min(wanted, drawn))
-    return min(_match_all(scene, some) for some in chosen) * min(wanted, drawn) / max(wanted, drawn)
+    selections = combinations(blobs, min(wanted, drawn))
+    worst = min(_match_all(scene, chosen) for chosen in selections)
+    return worst * min(wanted, drawn) / max(wanted, drawn)
 
 
 def _match_all(scene: Scene, chosen: tuple[Blob, ...]) -> float:
@@ -201,28 +211,40 @@ def _match_all(scene: Scene, chosen: tuple[Blob, ...]) -> float:
 
 
 def _looks(scene: Scene, blob: Blob) -> float:
-    """Half for the colour, half for the shape; a blob that is no clear shape is worth less."""
+    """Half for the color and half for the shape, reduced if the blob has no clear shape."""
     best = max(blob.shape, key=lambda name: blob.shape[name])
     clear = _ramp(blob.shape[best], 0.6, 0.75)
     clear *= _ramp(min(blob.width, blob.height) / max(blob.width, blob.height), 0.5, 0.75)
     clear *= _ramp(min(blob.width, blob.height), 5, 9) * _ramp(-max(blob.width, blob.height), -36, -28)
-    return clear * (0.5 * _ramp(blob.colour[scene.colour], 0.4, 0.8) + 0.5 * (best == scene.shape))
+    return clear * (0.5 * _ramp(blob.color[scene.color], 0.4, 0.8) + 0.5 * (best == scene.shape))
 
 
 def _in_place(place: str, blob: Blob) -> float:
-    """Whether this is the nearest of all places, graded by how much nearer it is than the next."""
+    """Whether `place` is the nearest place, graded by how much nearer it is than the next one."""
     distance = {name: float(np.hypot(blob.x - x, blob.y - y)) for name, (x, y) in PLACES.items()}
     others = min(value for name, value in distance.items() if name != place)
     return _ramp(others - distance[place], 0.0, 5.0)
 
 
 def _sized(size: str, blob: Blob) -> float:
-    middle = sum(sum(half) for half in SIZES.values()) / 2  # between small and large, in pixels
+    middle = sum(sum(half) for half in SIZES.values()) / 2  # width between small and large, in pixels
     width = (blob.width + blob.height) / 2
-    return _ramp(width - middle if size == "large" else middle - width, 0.0, 1.5)
+    margin = width - middle if size == "large" else middle - width
+    return _ramp(margin, 0.0, 1.5)
 
 
 def _in_line(layout: str, chosen: tuple[Blob, ...]) -> float:
     across = max(blob.x for blob in chosen) - min(blob.x for blob in chosen)
     down = max(blob.y for blob in chosen) - min(blob.y for blob in chosen)
-    return _ramp(across - down if layout == "row" else down - across, 0.0, 10.0)
+    margin = across - down if layout == "row" else down - across
+    return _ramp(margin, 0.0, 10.0)
+
+
+def _import_ndimage() -> ModuleType:
+    try:
+        from scipy import ndimage
+    except ImportError as error:
+        raise ImportError(
+            f'The toy rewards need scipy ({error}). Install it with `pip install "diffusers-mixgrpo[demo]"`.'
+        ) from error
+    return ndimage

@@ -1,20 +1,25 @@
-"""The toy world: what its pictures hold, how they are drawn and how they are described.
+"""The toy world: its scenes, their images and their captions.
 
-A [`Scene`] is one shape in a place, or two or three alike in a row or a column, on a plain background. It can be drawn
-([`draw`]), put into words ([`caption`]) and read back from them ([`parse`]). Everything else in the toy follows from
-these three.
+A [`Scene`] is one shape in a place, or two or three identical shapes in a row or column, on a plain background. It can
+be drawn ([`draw`]), described ([`caption`]), and parsed from its caption ([`parse`]). The rest of the toy is built on
+these three functions.
 """
 
 import hashlib
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import TypeVar
 
 from PIL import Image, ImageDraw
 
 
-SIZE = 64  # pixels, width and height of a picture
+T = TypeVar("T")
 
-COLOURS = {
+SIZE = 64  # width and height of an image, in pixels
+
+COLORS = {
     "red": (214, 40, 40),
     "green": (40, 158, 62),
     "blue": (40, 84, 214),
@@ -34,19 +39,19 @@ CROSS_ARM = 0.36  # half the width of a cross's arm, as a share of half its size
 @dataclass(frozen=True)
 class Scene:
     """
-    What a caption asks for.
+    The content of an image, as described by a caption.
 
     Attributes:
-        number (`int`): how many objects, 1 to 3. They are all alike.
-        colour (`str`): a key of `COLOURS`.
-        shape (`str`): one of `SHAPES`.
-        place (`str`): a key of `PLACES` for one object, one of `LAYOUTS` for several.
-        background (`str`): a key of `BACKGROUNDS`.
-        size (`str` or `None`): a key of `SIZES` for one object, `None` for several.
+        number (`int`): Number of objects, 1 to 3. All of them look the same.
+        color (`str`): A key of `COLORS`.
+        shape (`str`): One of `SHAPES`.
+        place (`str`): A key of `PLACES` for one object, one of `LAYOUTS` for several.
+        background (`str`): A key of `BACKGROUNDS`.
+        size (`str` or `None`): A key of `SIZES` for one object, `None` for several.
     """
 
     number: int
-    colour: str
+    color: str
     shape: str
     place: str
     background: str
@@ -54,52 +59,59 @@ class Scene:
 
 
 def caption(scene: Scene) -> str:
-    """The words for a scene: "a small red circle at the top on gray" or "two green crosses in a row on white"."""
+    """The caption of a scene: "a small red circle at the top on gray" or "two green crosses in a row on white"."""
     if scene.number == 1:
-        what = f"a {scene.size} {scene.colour} {scene.shape} at the {scene.place}"
+        objects = f"a {scene.size} {scene.color} {scene.shape} at the {scene.place}"
     else:
         word = {count: word for word, count in NUMBERS.items()}[scene.number]
-        what = f"{word} {scene.colour} {_plural(scene.shape)} in a {scene.place}"
-    return f"{what} on {scene.background}"
+        objects = f"{word} {scene.color} {_plural(scene.shape)} in a {scene.place}"
+    return f"{objects} on {scene.background}"
 
 
 def parse(text: str) -> Scene:
     """
-    Reads a caption back into the scene it describes: `parse(caption(scene)) == scene`.
+    The scene that a caption describes: `parse(caption(scene)) == scene`.
 
     Raises:
-        ValueError: if `text` is not a caption of the toy world.
+        `ValueError`: If `text` is not a caption of the toy world.
     """
     if text not in _SCENES:
         raise ValueError(
-            f"`text` is not a caption of the toy world: {text!r}. Such captions read 'a small red circle at the top "
-            "on gray' or 'two green crosses in a row on white'."
+            f"`text` must be a caption of the toy world, got {text!r}. Examples are 'a small red circle at the top on "
+            "gray' and 'two green crosses in a row on white'."
         )
     return _SCENES[text]
 
 
 def all_captions() -> list[str]:
-    """Every caption of the toy world, in a fixed order: 1,008 of them."""
+    """All 1,008 captions of the toy world, in a fixed order."""
     return list(_SCENES)
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a caption belongs to the quarter that no training, of the base model or of a policy, ever sees."""
+    """Whether a caption is in the held-out quarter, which is never used to train the base model or a policy."""
     return hashlib.sha256(text.encode()).digest()[0] % 4 == 0
 
 
 def misdescribe(scene: Scene, probability: float, rng: random.Random) -> Scene:
     """
-    The scene as a careless writer would put it down: each colour, shape, size, number, place and background is
-    independently replaced by a random other one with the given probability. One object stays one, several several.
+    The scene with random mistakes: color, shape, place, background, and size or number are each replaced by a random
+    other value with the given probability. A single object stays single, and several objects stay several.
+
+    Args:
+        scene ([`Scene`]): The correct scene.
+        probability (`float`): Probability of each replacement.
+        rng (`random.Random`): Source of the randomness.
     """
 
-    def slip(value, choices):
-        return rng.choice([choice for choice in choices if choice != value]) if rng.random() < probability else value
+    def slip(value: T, choices: Iterable[T]) -> T:
+        if rng.random() >= probability:
+            return value
+        return rng.choice([choice for choice in choices if choice != value])
 
     wrong = replace(
         scene,
-        colour=slip(scene.colour, COLOURS),
+        color=slip(scene.color, COLORS),
         shape=slip(scene.shape, SHAPES),
         place=slip(scene.place, PLACES if scene.number == 1 else LAYOUTS),
         background=slip(scene.background, BACKGROUNDS),
@@ -111,25 +123,30 @@ def misdescribe(scene: Scene, probability: float, rng: random.Random) -> Scene:
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """
-    One picture of a scene, 64x64 RGB: positions and sizes are random within what the scene allows, objects never
-    touch and the edges are smooth.
+    Draw a scene as a 64x64 RGB image. Positions and sizes are random within the limits of the scene, objects never
+    touch, and edges are antialiased.
+
+    Args:
+        scene ([`Scene`]): The scene to draw.
+        rng (`random.Random`): Source of the randomness.
     """
     scale = 4
-    picture = Image.new("RGB", (SIZE * scale, SIZE * scale), BACKGROUNDS[scene.background])
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (SIZE * scale, SIZE * scale), BACKGROUNDS[scene.background])
+    canvas = ImageDraw.Draw(image)
     for x, y, r in _arrange(scene, rng):
         for outline in _outlines(scene.shape, x * scale, y * scale, r * scale):
             draw_one = canvas.ellipse if scene.shape == "circle" else canvas.polygon
-            draw_one(outline, fill=COLOURS[scene.colour])
-    return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
+            draw_one(outline, fill=COLORS[scene.color])
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
 def _arrange(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
-    """Centre and half the size of each object, in pixels."""
+    """Center and half the size of each object, in pixels."""
     if scene.size is not None:
         x, y = PLACES[scene.place]
         return [(x + rng.uniform(-2, 2), y + rng.uniform(-2, 2), rng.uniform(*SIZES[scene.size]))]
-    along, half = {2: ((19, 45), (7.5, 9.0)), 3: ((12, 32, 52), (6.5, 7.5))}[scene.number]
+    along = {2: (19, 45), 3: (12, 32, 52)}[scene.number]
+    half = {2: (7.5, 9.0), 3: (6.5, 7.5)}[scene.number]
     across = rng.uniform(27, 37)
     positions = [(a + rng.uniform(-1, 1), across + rng.uniform(-1, 1), rng.uniform(*half)) for a in along]
     return positions if scene.place == "row" else [(y, x, r) for x, y, r in positions]
@@ -153,11 +170,13 @@ def _plural(shape: str) -> str:
 
 
 def _all_scenes() -> list[Scene]:
-    looks = [(colour, shape, ground) for colour in COLOURS for shape in SHAPES for ground in BACKGROUNDS]
-    single = [Scene(1, c, s, place, ground, size) for c, s, ground in looks for place in PLACES for size in SIZES]
-    several = [
-        Scene(n, c, s, layout, ground) for c, s, ground in looks for layout in LAYOUTS for n in NUMBERS.values()
-    ]
+    single = []
+    several = []
+    for color, shape, background in product(COLORS, SHAPES, BACKGROUNDS):
+        for place, size in product(PLACES, SIZES):
+            single.append(Scene(1, color, shape, place, background, size))
+        for layout, number in product(LAYOUTS, NUMBERS.values()):
+            several.append(Scene(number, color, shape, layout, background))
     return single + several
 
 

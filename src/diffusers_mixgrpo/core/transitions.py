@@ -1,9 +1,9 @@
 """
-The mathematics of one stochastic step: pure functions, tensors in, tensors out.
+The mathematics of one stochastic step: pure functions of tensors, and [`Transitions`], the steps of one window.
 
 Rectified flow: `x_sigma = (1 - sigma) * x_0 + sigma * noise`, and the network predicts the velocity
-`v = noise - x_0`. A step goes from `sigma` to `sigma_next < sigma`. In the window it is a Gaussian transition
-`N(mean, std^2)` per latent element, and these functions are all that rollout and replay need to know about it.
+`v = noise - x_0`. A step goes from `sigma` to `sigma_next < sigma`. Inside the window it is a Gaussian transition
+`N(mean, std^2)` per latent element. Rollout and replay both take mean, std and log-prob from this file.
 
 Everything is computed in float32 or better: float64 stays float64, bfloat16 and float16 become float32. Means and
 stds need only `+ - * /` and square roots of `sigma`, which round alike for every tensor shape, so a replay of several
@@ -11,6 +11,7 @@ steps in one batch has the coefficients of the steps it repeats bit for bit.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -57,8 +58,8 @@ def sde_transition(
       \\(\frac{\sigma'}{\sigma} e^{-h} x + (1 - \sigma')(1 - e^{-2h}) \hat x_0\\), std
       \\(\sigma' \sqrt{1 - e^{-2h}}\\), \\(h\\) the step in half log-SNR. It has no free noise level.
 
-    All are finite at `sigma == 1`. There `flow` takes `sigma_max` for the `sigma` of its denominator, and `dpm` its
-    limit `h -> inf`, which is the sample `(1 - sigma') * x0 + sigma' * noise`.
+    All are finite at `sigma == 1`. There, `flow` uses `sigma_max` for the `sigma` of its denominator, and `dpm` takes
+    its limit `h -> inf`, which is the sample `(1 - sigma') * x0 + sigma' * noise`.
 
     Args:
         sde_type (`str`): One of `"flow"`, `"dance"`, `"cps"`, `"dpm"`.
@@ -66,14 +67,14 @@ def sde_transition(
         sample (`torch.Tensor` of shape `(batch, ...)`): The sample at `sigma`.
         sigma (`torch.Tensor`): Noise level of `sample`, in (0, 1]; 0-d, or of a shape such as `(batch, 1, 1)`.
         sigma_next (`torch.Tensor`): Noise level after the step, `0 <= sigma_next < sigma`, of the shape of `sigma`.
-        eta (`float`): Amount of noise, > 0. For `cps` in (0, 1]. `dpm` has no use for it.
+        eta (`float`): Amount of noise, > 0. For `cps` in (0, 1]. `dpm` ignores it.
         sigma_max (`torch.Tensor`): The second noise level of the schedule, `sigmas[1]`.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: The mean, of the shape of `sample`, and the std, of the shape of `sigma`.
 
     Raises:
-        `ValueError`: If `sde_type` is none of the four.
+        `ValueError`: If `sde_type` is unknown.
     """
     v, x, sigma, sigma_next, sigma_max = _upcast(model_output, sample, sigma, sigma_next, sigma_max)
     if sde_type in ("flow", "dance"):
@@ -95,17 +96,65 @@ def sde_transition(
         decay = (1 - sigma) / (1 - sigma_next) * (sigma_next / sigma)
         mean = sigma_next / sigma * decay * x + (1 - sigma_next) * (1 - decay**2) * x0
         return mean, sigma_next * torch.sqrt(1 - decay**2)
-    raise ValueError(f"`sde_type` must be one of {', '.join(map(repr, SDE_TYPES))}, but is {sde_type!r}.")
+    raise ValueError(f"`sde_type` must be one of {', '.join(map(repr, SDE_TYPES))}, got {sde_type!r}.")
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """
+    The `w` stochastic steps of one window: everything that their means and stds depend on, except for the velocities.
+
+    Args:
+        sde_type (`str`): Kind of the steps, as in [`sde_transition`].
+        eta (`float`): Amount of noise.
+        sigmas (`torch.Tensor` of shape `(w,)`): Noise level before each step.
+        next_sigmas (`torch.Tensor` of shape `(w,)`): Noise level after each step.
+        sigma_max (0-d `torch.Tensor`): The second noise level of the schedule.
+        timesteps (`torch.Tensor` of shape `(w,)`): The timestep `sigma * 1000` that the transformer sees at each step.
+    """
+
+    sde_type: str
+    eta: float
+    sigmas: Tensor
+    next_sigmas: Tensor
+    sigma_max: Tensor
+    timesteps: Tensor
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    def mean_and_std(self, model_output: Tensor, sample: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Mean and std of `N` transitions, differentiable in `model_output` and `sample`.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(N, ...)`): The predicted velocities.
+            sample (`torch.Tensor` of shape `(N, ...)`): The samples before the step.
+            steps (`torch.LongTensor` of shape `(N,)`): The step of each, counted from the start of the window.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Means of shape `(N, ...)` and stds of shape `(N, 1, ...)`.
+        """
+        steps = steps.reshape(-1, *[1] * (sample.ndim - 1))
+        return sde_transition(
+            self.sde_type,
+            model_output,
+            sample,
+            sigma=self.sigmas[steps],
+            sigma_next=self.next_sigmas[steps],
+            eta=self.eta,
+            sigma_max=self.sigma_max,
+        )
 
 
 def gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """
     Log-density of `N(mean, std^2)` at `sample`, in nats, averaged (not summed) over all elements but the batch's.
 
-    The mean keeps the number comparable between resolutions; the clip range of the objective belongs to it.
+    The mean keeps the number comparable between resolutions. The clip range of the objective refers to this mean.
 
     Args:
-        sample, mean (`torch.Tensor` of shape `(batch, ...)`): Where the density is taken, and its centre.
+        sample, mean (`torch.Tensor` of shape `(batch, ...)`): Where the density is evaluated, and its center.
         std (`torch.Tensor`): Standard deviation > 0, a 0-d tensor or one that broadcasts such as `(batch, 1, 1)`.
 
     Returns:

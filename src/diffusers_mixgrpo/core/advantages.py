@@ -1,4 +1,5 @@
-"""Rewards of groups of images to advantages. Pure functions of tensors.
+"""
+Advantages of groups of images, from their rewards. Pure functions of tensors.
 
 Shapes: `K` reward functions, `P` prompts, `G` images of each prompt (a group). NaN stands for "could not be scored".
 """
@@ -14,14 +15,14 @@ SCALINGS = ("group", "batch", "none")
 
 def group_normalize(rewards: torch.Tensor, scale_rewards: str = "group") -> torch.Tensor:
     """
-    Centre rewards on the mean of their group and scale them: `(R - mean) / (std + 1e-8)`, with Bessel's correction.
+    Center rewards on the mean of their group and scale them: `(R - mean) / (std + 1e-8)`, with Bessel's correction.
 
     Args:
         rewards (`torch.Tensor` of shape `(..., P, G)`):
             Rewards; NaN entries are left out of all statistics.
         scale_rewards (`str`, defaults to `"group"`):
             `"group"` divides by the standard deviation within the group, `"batch"` by that of all `P * G` rewards,
-            `"none"` only centres.
+            `"none"` only centers.
 
     Returns:
         `torch.Tensor` of shape `(..., P, G)`: exactly 0 for unscored entries, in groups with fewer than two scores,
@@ -31,15 +32,15 @@ def group_normalize(rewards: torch.Tensor, scale_rewards: str = "group") -> torc
         raise ValueError(f"`scale_rewards` must be one of {SCALINGS}, got {scale_rewards!r}.")
     rewards = rewards.double()
     scored = ~rewards.isnan()
-    centred = torch.where(scored, rewards - rewards.nanmean(dim=-1, keepdim=True), 0.0)
+    centered = torch.where(scored, rewards - rewards.nanmean(dim=-1, keepdim=True), 0.0)
     if scale_rewards == "group":
-        centred = centred / (scored_std(rewards, dims=(-1,)) + 1e-8)
+        centered = centered / (scored_std(rewards, dims=(-1,)) + 1e-8)
     elif scale_rewards == "batch":
-        centred = centred / (scored_std(rewards, dims=(-2, -1)) + 1e-8)
+        centered = centered / (scored_std(rewards, dims=(-2, -1)) + 1e-8)
     # Rounding of the mean must not turn equal rewards into a preference: (0.1 + 0.1 + 0.1) / 3 is not 0.1.
     lowest = rewards.nan_to_num(nan=float("inf")).amin(dim=-1, keepdim=True)
     highest = rewards.nan_to_num(nan=float("-inf")).amax(dim=-1, keepdim=True)
-    return torch.where(scored & (highest > lowest), centred, 0.0)
+    return torch.where(scored & (highest > lowest), centered, 0.0)
 
 
 def compute_advantages(
@@ -52,14 +53,14 @@ def compute_advantages(
     """
     Advantages of groups of images under one or several rewards.
 
-    With `aggregation="normalize_then_sum"` (the paper's advantage aggregation) each reward is normalised in its group
+    With `aggregation="normalize_then_sum"` (the paper's advantage aggregation) each reward is normalized in its group
     first, so that no reward dominates by its scale: `A = sum_k weight_k * (R_k - mean_k) / (std_k + 1e-8)`. With
-    `"sum_then_normalize"` the weighted sum of the rewards is normalised.
+    `"sum_then_normalize"` the weighted sum of the rewards is normalized.
 
     Args:
         rewards (`torch.Tensor` of shape `(K, P, G)`):
-            Rewards; NaN where a reward could not score an image. Such an image takes no part in that reward's
-            statistics and gets nothing from it; in a sum of rewards it cannot be compared and gets 0.
+            Rewards; NaN where a reward could not score an image. Such an image is left out of that
+            reward's statistics and gets 0 from it. In a sum of rewards it cannot be compared and gets 0.
         weights (sequence of `K` `float`, *optional*):
             Weights of the rewards, scaled here so that their absolute values sum to 1. Defaults to equal weights.
         aggregation (`str`, defaults to `"normalize_then_sum"`):
@@ -93,7 +94,8 @@ def keep_extremes(advantages: torch.Tensor, k: int) -> torch.Tensor:
     """
     Advantages of shape `(P, G)` with all but the `k` highest and the `k` lowest of each group set to 0.
 
-    An approximation: the samples in between say least, and replaying only the extremes costs `2 * k / G` of the whole.
+    An approximation: images in between carry the weakest signal, and replaying only the extremes costs `2 * k / G` of
+    a full replay.
     """
     if 2 * k >= advantages.shape[-1]:
         return advantages
@@ -104,9 +106,9 @@ def keep_extremes(advantages: torch.Tensor, k: int) -> torch.Tensor:
 
 def combine_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """
-    The weighted sum of rewards of shape `(K, ...)` under `K` weights, NaN where one of non-zero weight is missing.
+    The weighted sum of rewards of shape `(K, ...)`, NaN where a reward of non-zero weight is missing.
     """
-    counted = weights != 0  # a reward of weight 0 is only watched, so its failures do not matter
+    counted = weights != 0  # a reward of weight 0 is only logged, so its failures do not matter
     return torch.einsum("k,k...->...", weights[counted], rewards.double()[counted])
 
 
@@ -117,7 +119,7 @@ def normalize_weights(weights: Sequence[float] | torch.Tensor | None, num_reward
     weights = torch.as_tensor(weights, dtype=torch.float64)
     if weights.shape != (num_rewards,):
         raise ValueError(
-            f"`reward_weights` must have one weight per reward function: got {weights.numel()} weights for "
+            f"`reward_weights` must have one weight per reward function, got {weights.numel()} weights for "
             f"{num_rewards} reward function(s)."
         )
     total = weights.abs().sum()

@@ -3,7 +3,6 @@
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -28,14 +27,14 @@ class WindowSchedule:
     A pure function of the iteration. There is no state to save: all ranks agree, and a resumed run goes on where it
     was, for free. A window is never empty and never holds the last step.
 
-    The swept strategies visit the starts \\(l = 0, s, 2s, \dots\\) and last the last legal one, `T - 1 - w`, which is
-    visited even when the stride does not divide it (the last move is then shorter), so that every step that a window
-    may hold is trained; then they wrap round to 0. They differ in how long the window stays at a start:
+    The sweeping strategies visit the starts \\(l = 0, s, 2s, \dots\\) and finally the last legal one, `T - 1 - w`. It
+    is visited even when the stride does not divide it (the last move is then shorter), so that every step that a
+    window may hold is trained. Then they wrap around to 0. They differ in how long the window stays at a start:
 
     - `"progressive"`: \\(\tau\\) iterations.
     - `"exp_decay"`: \\(\lceil \tau e^{-k \max(0, l - l_0)} \rceil\\) iterations: early steps are trained longer.
-    - `"linear_decay"`: from \\(\tau_{max}\\) at \\(l = 0\\) linearly down to \\(\tau_{min}\\) at the last start,
-      rounded to the nearest integer.
+    - `"linear_decay"`: from \\(\tau\\) at \\(l = 0\\) linearly down to \\(\tau_{min}\\) at the last start, rounded to
+      the nearest integer.
 
     The others do not sweep: `"random"` draws one of all legal starts for each iteration, `"frozen"` stays at `start`.
 
@@ -49,8 +48,7 @@ class WindowSchedule:
         start (`int`, defaults to 0): Place of the `frozen` window, in [0, T - 1 - w]; only for that strategy.
         decay_rate (`float`, defaults to 0.1): `k` of `exp_decay`, >= 0.
         decay_start (`int`, defaults to 13): `l0` of `exp_decay`, the start up to which the stay is `tau`; >= 0.
-        max_interval (`int`, *optional*): `tau_max` of `linear_decay`; `window_interval` if `None`.
-        min_interval (`int`, defaults to 1): `tau_min` of `linear_decay`, in [1, tau_max].
+        min_interval (`int`, defaults to 1): `tau_min` of `linear_decay`, in [1, tau].
 
     Raises:
         `ValueError`: For an argument out of its range; the message names it, its value and the range.
@@ -73,13 +71,12 @@ class WindowSchedule:
     start: int = 0
     decay_rate: float = 0.1
     decay_start: int = 13
-    max_interval: int | None = None
     min_interval: int = 1
 
     def __post_init__(self) -> None:
         if self.strategy not in get_args(WindowStrategy):
             legal = ", ".join(map(repr, get_args(WindowStrategy)))
-            raise ValueError(f"`strategy` must be one of {legal}, but is {self.strategy!r}.")
+            raise ValueError(f"`strategy` must be one of {legal}, got {self.strategy!r}.")
         # In this order: the ranges of the later ones are made of the earlier ones.
         _check_int("num_inference_steps", self.num_inference_steps, 2)
         _check_int("window_size", self.window_size, 1, self.num_inference_steps - 1)
@@ -88,11 +85,9 @@ class WindowSchedule:
         _check_int("start", self.start, 0, self.last_start if self.strategy == "frozen" else 0)
         _check_int("decay_start", self.decay_start, 0)
         if not 0 <= self.decay_rate < math.inf:
-            raise ValueError(f"`decay_rate` must be a finite number >= 0, but is {self.decay_rate!r}.")
-        if self.max_interval is not None:
-            _check_int("max_interval", self.max_interval, 1)
+            raise ValueError(f"`decay_rate` must be a finite number >= 0, got {self.decay_rate!r}.")
         if self.strategy == "linear_decay":
-            _check_int("min_interval", self.min_interval, 1, self._max_interval)
+            _check_int("min_interval", self.min_interval, 1, self.window_interval)
 
     def schedule(self, iteration: int) -> Window:
         """
@@ -135,26 +130,18 @@ class WindowSchedule:
         """Iterations in one sweep over all starts; for `random` the number of starts, for `frozen` 1."""
         return sum(stay for _, stay in self.stays)
 
-    def sweep(self) -> Iterator[Window]:
-        """The windows of the first sweep, one for each iteration."""
-        return map(self.schedule, range(self.sweep_length))
-
-    @property
-    def _max_interval(self) -> int:
-        return self.window_interval if self.max_interval is None else self.max_interval
-
     def _stay(self, start: int) -> int:
         if self.strategy == "exp_decay":
             return math.ceil(self.window_interval * math.exp(-self.decay_rate * max(0, start - self.decay_start)))
         if self.strategy == "linear_decay":
-            # In integers, halves up: a stay that hangs on the rounding of a float would not be the same everywhere.
+            # In integers, rounding halves up: a stay must not depend on how a platform rounds floats.
             whole = max(1, self.last_start)
-            fall = (self._max_interval - self.min_interval) * start
-            return (2 * (self._max_interval * whole - fall) + whole) // (2 * whole)
+            decrease = (self.window_interval - self.min_interval) * start
+            return (2 * (self.window_interval * whole - decrease) + whole) // (2 * whole)
         return self.window_interval
 
 
 def _check_int(name: str, value: int, low: int, high: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         legal = f">= {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"`{name}` must be an integer {legal}, but is {value!r}.")
+        raise ValueError(f"`{name}` must be an integer {legal}, got {value!r}.")

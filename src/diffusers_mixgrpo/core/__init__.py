@@ -1,0 +1,1 @@
+"""The algorithm in tensors: transitions, trajectories and rollouts, the window schedule, advantages, objectives."""

@@ -1,0 +1,221 @@
+"""
+[`PipelinePolicy`]: a diffusers pipeline as a policy to sample from and train. One subclass per pipeline family.
+
+Everything is done as the pipeline's own `__call__` does it, with the pipeline's own methods where it has one, so that
+a rollout without a window is the stock pipeline's image bit for bit.
+"""
+
+import abc
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..core.policy import Conditioning
+
+
+class PipelinePolicy(abc.ABC):
+    """
+    A pipeline at one image size, number of denoising steps and guidance scale.
+
+    Shapes: `B` images, `...` the shape of one image's latents, [`latent_shape`].
+
+    Args:
+        pipe ([`~diffusers.DiffusionPipeline`]): The pipeline. Its transformer is the policy; its other models are only
+            used.
+        height, width (`int`, *optional*): Size of the images in pixels. Default to the pipeline's own default.
+        num_inference_steps (`int`, defaults to 25): Number of denoising steps `T`.
+        guidance_scale (`float`, defaults to 3.5): Guidance scale, as in the pipeline's `__call__`.
+        max_sequence_length (`int`, defaults to 512): Text tokens per prompt.
+
+    Raises:
+        `TypeError`: If `pipe` is of another class.
+        `ValueError`: If the pipeline's scheduler does not expect a flow velocity, or an argument is out of range.
+    """
+
+    family: ClassVar[str]
+    """Name of the family, a tag in model cards."""
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    """The diffusers pipeline that this family is made of."""
+    lora_target_modules: ClassVar[Sequence[str]]
+    """The transformer's layers that a LoRA adapts unless it says otherwise."""
+    longest_sequence: ClassVar[int]
+    """The largest `max_sequence_length`."""
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 3.5,
+        max_sequence_length: int = 512,
+    ) -> None:
+        if not isinstance(pipe, self.pipeline_class):
+            raise TypeError(f"`pipe` must be a {self.pipeline_class.__name__}, got {type(pipe).__name__}.")
+        _require_flow_velocity(pipe.scheduler)
+        default_size = pipe.default_sample_size * pipe.vae_scale_factor
+        self.pipe = pipe
+        self.height = default_size if height is None else height
+        self.width = default_size if width is None else width
+        for name, size in (("height", self.height), ("width", self.width)):
+            _require_multiple(name, size, self.size_multiple)
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be 1 or more, got {num_inference_steps}.")
+        if not 1 <= max_sequence_length <= self.longest_sequence:
+            raise ValueError(
+                f"`max_sequence_length` must be in [1, {self.longest_sequence}], got {max_sequence_length}."
+            )
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = guidance_scale
+        self.max_sequence_length = max_sequence_length
+
+    # ---- What a family defines ----
+
+    @property
+    @abc.abstractmethod
+    def size_multiple(self) -> int:
+        """Height and width in pixels must be multiples of this."""
+
+    @property
+    @abc.abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one image's latents."""
+
+    @abc.abstractmethod
+    def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> Conditioning:
+        """
+        Encode `B` prompts with the pipeline's text encoders.
+
+        Args:
+            prompts (`Sequence[str]` of length `B`): The prompts.
+            device (`torch.device`, *optional*): Where to encode. Defaults to the transformer's device.
+        """
+
+    @abc.abstractmethod
+    def velocity(
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, transformer: nn.Module | None = None
+    ) -> Tensor:
+        """
+        The predicted velocity `noise - x_0`: see [`~core.policy.Policy.velocity`].
+
+        The transformer sees the latents in the dtype of the prompt embeddings, as in the pipeline, and the velocity
+        comes back in the dtype of the latents: a sampler may keep its states in float32 while the transformer computes
+        in less.
+        """
+
+    @abc.abstractmethod
+    def prepare_latents(self, generators: list[torch.Generator]) -> Tensor:
+        """The pipeline's initial noise of one image per generator, of shape `(B, ...)`."""
+
+    @abc.abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """The VAE's output, of shape `(B, 3, height, width)` and in [-1, 1], from latents of shape `(B, ...)`."""
+
+    @abc.abstractmethod
+    def timestep_shift(self, scheduler: FlowMatchEulerDiscreteScheduler) -> float | None:
+        """The `mu` that the pipeline passes to `scheduler.set_timesteps`, for schedulers with a dynamic shift."""
+
+    # ---- What all families share ----
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipe.transformer.device
+
+    @property
+    def transformer(self) -> nn.Module:
+        return self.pipe.transformer
+
+    @property
+    def text_encoders(self) -> dict[str, PreTrainedModel]:
+        """The models that [`encode`] uses and nothing else does, by their names in the pipeline."""
+        return {name: part for name, part in self.pipe.components.items() if name.startswith("text_encoder") and part}
+
+    @property
+    def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        return {name: part for name, part in self.pipe.components.items() if name.startswith("tokenizer") and part}
+
+    @property
+    def call_arguments(self) -> dict[str, Any]:
+        """The arguments with which the pipeline's `__call__` makes the policy's images."""
+        return {
+            "height": self.height,
+            "width": self.width,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "max_sequence_length": self.max_sequence_length,
+        }
+
+    def with_steps(self, num_inference_steps: int) -> "PipelinePolicy":
+        """The same policy with another number of denoising steps."""
+        policy = copy.copy(self)
+        policy.num_inference_steps = num_inference_steps
+        return policy
+
+    def initial_latents(self, seeds: Sequence[int | torch.Generator]) -> Tensor:
+        """
+        The noise that the pipeline starts from, given one generator per image.
+
+        Args:
+            seeds (`Sequence[int | torch.Generator]` of length `B`): A generator per image, or the seed of one on the
+                CPU (which gives the same noise on every device).
+
+        Returns:
+            `torch.Tensor` of shape `(B, ...)`, in the dtype that the pipeline uses.
+        """
+        return self.prepare_latents(
+            [seed if isinstance(seed, torch.Generator) else torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        )
+
+    def prepare_scheduler(self, scheduler: FlowMatchEulerDiscreteScheduler) -> None:
+        """Set `scheduler` to the timesteps at which the pipeline samples, and to the first of them."""
+        steps = self.num_inference_steps
+        mu = self.timestep_shift(scheduler)
+        if scheduler.config.get("use_flow_sigmas"):
+            scheduler.set_timesteps(steps, device=self.device, mu=mu)
+        else:
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=self.device, mu=mu)
+        scheduler.set_begin_index(0)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch_size: int | None = None) -> list[Image.Image]:
+        """
+        Decode denoised latents.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, ...)`): Denoised latents.
+            batch_size (`int`, *optional*): Images decoded at once. Defaults to all.
+
+        Returns:
+            `list[PIL.Image.Image]` of length `B`.
+        """
+        images: list[Image.Image] = []
+        for part in latents.split(batch_size or max(1, len(latents))):
+            images += self.pipe.image_processor.postprocess(self.decode_latents(part), output_type="pil")
+        return images
+
+
+def _require_flow_velocity(scheduler: SchedulerMixin) -> None:
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return
+    raise ValueError(
+        f"`pipe.scheduler` must be a FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__} "
+        f"(prediction_type={scheduler.config.get('prediction_type')!r}): the transformer's prediction may not be a "
+        "flow velocity (noise - image), or its timestep shift is kept elsewhere. If the model does predict "
+        "velocities, set `pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=..., use_dynamic_shifting=...)`."
+    )
+
+
+def _require_multiple(name: str, size: int, multiple: int) -> None:
+    if size > 0 and size % multiple == 0:
+        return
+    lower = max(multiple, size // multiple * multiple)
+    raise ValueError(
+        f"`{name}` must be a positive multiple of {multiple} pixels, got {size}. Use {lower} or {lower + multiple}."
+    )

@@ -1,0 +1,154 @@
+"""Loading a pipeline of a supported family: its class, its precision, quantized parts."""
+
+import os
+import typing
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.quantizers import PipelineQuantizationConfig
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as DIFFUSERS_CONFIGS
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as TRANSFORMERS_CONFIGS
+
+from ..mixgrpo_config import MixGRPOConfig
+from . import policy_class
+
+
+NO_FULL_FINE_TUNING = (
+    "quantized weights cannot be trained themselves, since they hold too few bits for a small step. Train a LoRA on "
+    "them with `peft_config`, or load the transformer without quantization."
+)
+
+
+def load_pipeline(
+    model: DiffusionPipeline | str | os.PathLike, settings: MixGRPOConfig, with_lora: bool
+) -> DiffusionPipeline:
+    """
+    Load a pipeline, unless it is loaded already.
+
+    Frozen models are loaded in the precision of the computation, weights that will be trained in float32.
+
+    Args:
+        model ([`~diffusers.DiffusionPipeline`] or `str` or `os.PathLike`): The pipeline, or its folder or Hub
+            repository.
+        settings ([`MixGRPOConfig`]): The configuration.
+        with_lora (`bool`): Whether a LoRA will be added. Without it the whole transformer is trained.
+
+    Raises:
+        `FileNotFoundError`: If there is no such folder or repository, or it cannot be read.
+        `TypeError`: If the pipeline's family is not supported.
+        `ValueError`: If `quantization` is not possible, as for a pipeline that is loaded already.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return _load(os.path.expanduser(os.fspath(model)), settings, with_lora)
+    if settings.quantization is not None:
+        raise ValueError(
+            f"`quantization` must be None for a pipeline that is loaded already, got {settings.quantization}. Pass "
+            "the name or folder of the pipeline as `model`, or load it quantized and leave out `quantization`."
+        )
+    return model
+
+
+def _load(name: str, settings: MixGRPOConfig, with_lora: bool) -> DiffusionPipeline:
+    pipeline_class = policy_class(_pipeline_class_name(name)).pipeline_class
+    half = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else torch.float32
+    kwargs: dict[str, Any] = {"torch_dtype": half}
+    if not with_lora:
+        kwargs["torch_dtype"] = {"transformer": torch.float32, "default": half}
+    if isinstance(settings.model_init_kwargs, dict):  # the configuration has parsed JSON
+        kwargs |= settings.model_init_kwargs
+    if isinstance(kwargs["torch_dtype"], str):
+        kwargs["torch_dtype"] = getattr(torch, kwargs["torch_dtype"])
+    if isinstance(settings.quantization, dict):
+        if not with_lora and "transformer" in settings.quantization.get("components_to_quantize", ()):
+            raise ValueError(f"`quantization={settings.quantization}`: {NO_FULL_FINE_TUNING}")
+        kwargs["quantization_config"] = make_quantization(settings.quantization, pipeline_class)
+    try:
+        return pipeline_class.from_pretrained(name, **kwargs)
+    except OSError as error:
+        raise _not_loaded(name, error) from error
+
+
+def _pipeline_class_name(name: str) -> str:
+    """The class that a pipeline's `model_index.json` names, without loading its models."""
+    is_folder = os.path.isdir(name)
+    if is_folder and not os.path.isfile(os.path.join(name, "model_index.json")):
+        raise FileNotFoundError(
+            f"`model` must be a pipeline's folder, got {name!r}, which has no model_index.json. Pass the folder that "
+            "`pipe.save_pretrained(folder)` wrote."
+        )
+    if not is_folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(
+            f"`model` must be a folder or a Hub repository (`owner/name`), got {name!r}: there is no such folder. "
+            f"Check the path (the working directory is {os.getcwd()})."
+        )
+    try:
+        return DiffusionPipeline.load_config(name)["_class_name"]
+    except OSError as error:
+        raise _not_loaded(name, error) from error
+
+
+def _not_loaded(name: str, error: OSError) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"`model`={name!r} could not be loaded: {error}. Check the name, that the network or the local cache has it, "
+        "and that you have accepted its license and are logged in (`hf auth login`)."
+    )
+
+
+# ---- Quantization ----
+
+
+def make_quantization(settings: dict[str, Any], pipeline_class: type[DiffusionPipeline]) -> PipelineQuantizationConfig:
+    """
+    The diffusers configuration to pass to `from_pretrained` as `quantization_config`.
+
+    Diffusers takes the same settings for its own models and those of transformers only where both libraries' classes
+    have the same arguments, which is not so for torchao. Here each model gets its own library's class.
+
+    Args:
+        settings (`dict`): As [`MixGRPOConfig.quantization`]: `"quant_backend"`, `"quant_kwargs"`, and
+            `"components_to_quantize"`, the names of models in the pipeline.
+        pipeline_class (`type`): The pipeline's class, whose `__init__` names its models and their classes.
+
+    Raises:
+        `ValueError`: If the backend or a model is unknown, or the backend does not take the arguments.
+        `ImportError`: If the backend's package is missing.
+    """
+    backend = settings["quant_backend"]
+    names = settings["components_to_quantize"]
+    names = [names] if isinstance(names, str) else names
+    backends = sorted(DIFFUSERS_CONFIGS.keys() & TRANSFORMERS_CONFIGS.keys())
+    if backend not in backends:
+        raise ValueError(f"`quantization`: 'quant_backend' must be one of {', '.join(backends)}, got {backend!r}.")
+    hints = typing.get_type_hints(pipeline_class.__init__)
+    models = {name: kind for name, kind in hints.items() if isinstance(kind, type) and issubclass(kind, nn.Module)}
+    if unknown := [name for name in names if name not in models]:
+        raise ValueError(
+            f"`quantization`: 'components_to_quantize' must be among {', '.join(models)}, got {', '.join(unknown)}."
+        )
+    mapping = {}
+    for name in names:
+        configs = DIFFUSERS_CONFIGS if issubclass(models[name], ModelMixin) else TRANSFORMERS_CONFIGS
+        try:
+            mapping[name] = configs[backend](**_as_objects(backend, settings.get("quant_kwargs") or {}))
+        except ImportError as error:
+            raise ImportError(
+                f"`quantization` with {backend!r} needs a package that is missing ({error}). For bitsandbytes and "
+                'torchao: pip install "diffusers-mixgrpo[quantization]".'
+            ) from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"`quantization={settings}`: {error}.") from error
+    return PipelineQuantizationConfig(quant_mapping=mapping)
+
+
+def _as_objects(backend: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with torchao's own configuration made from its name or its `config_to_dict`."""
+    kind = kwargs.get("quant_type")
+    if backend != "torchao" or not isinstance(kind, (str, dict)):
+        return kwargs
+    from torchao import quantization
+    from torchao.core.config import config_from_dict
+
+    made = getattr(quantization, kind)() if isinstance(kind, str) else config_from_dict(kind)
+    return {**kwargs, "quant_type": made}

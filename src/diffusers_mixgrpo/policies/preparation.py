@@ -1,0 +1,144 @@
+"""Making a pipeline ready for training: what is frozen, the LoRA, precision, devices, and diffusers' own options."""
+
+import copy
+import functools
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.training_utils import cast_training_params
+from peft import PeftConfig
+from torch import nn
+from transformers.utils import logging
+
+from ..mixgrpo_config import MixGRPOConfig
+from .base import PipelinePolicy
+from .loading import NO_FULL_FINE_TUNING
+
+
+logger = logging.get_logger(__name__)
+
+
+class TrainedWeights(NamedTuple):
+    """Which weights of the transformer are trained: those of a LoRA, by the name of its adapter, or all."""
+
+    is_lora: bool
+    adapter_name: str
+
+
+def prepare_pipeline(
+    policy: PipelinePolicy, peft_config: PeftConfig | None, settings: MixGRPOConfig
+) -> TrainedWeights:
+    """
+    Freeze the weights that are not trained, add the LoRA, keep trained weights in float32, and switch off dropout.
+
+    The transformer then gets diffusers' own options: the attention backend and compiled blocks.
+
+    Raises:
+        `ValueError`: If there is a LoRA already and another one is passed, if several are active, or if quantized
+            weights are to be trained.
+    """
+    pipe = policy.pipe
+    transformer = pipe.transformer
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
+    pipe.vae.to(memory_format=torch.channels_last)  # faster convolutions
+    weights = _prepare_adapter(policy, peft_config)
+    if getattr(transformer, "is_quantized", False):
+        if not weights.is_lora:
+            raise ValueError(f"`model`: {NO_FULL_FINE_TUNING}")
+        if settings.merge_lora:
+            raise ValueError(
+                "`merge_lora` must be False with quantized weights, got True: the LoRA would be rounded to them."
+            )
+    if not weights.is_lora:
+        transformer.requires_grad_(True)
+    if weights.is_lora or settings.bf16 or settings.fp16:
+        # Steps of 1e-5 vanish in bfloat16, and float16 gradients cannot be unscaled. Autocast computes in half anyway.
+        cast_training_params(transformer, torch.float32)
+    for module in transformer.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            logger.warning_once("Dropout is switched off: with it, old and new log-probs would differ at random.")
+            module.p = 0.0
+    if settings.attention_backend is not None:
+        transformer.set_attention_backend(settings.attention_backend)
+    if settings.compile_repeated_blocks:
+        compile_repeated_blocks(transformer)  # after the LoRA's layers and the backend are in place
+    return weights
+
+
+def _prepare_adapter(policy: PipelinePolicy, peft_config: PeftConfig | None) -> TrainedWeights:
+    transformer = policy.pipe.transformer
+    loaded = list(getattr(transformer, "peft_config", {}))
+    if peft_config is not None:
+        if loaded:
+            raise ValueError(
+                f"`peft_config` must be None for a pipeline that has a LoRA, got one for a transformer with {loaded}. "
+                "Leave it out to go on training that LoRA, or merge it first with `pipe.fuse_lora()` and "
+                "`pipe.unload_lora_weights()`."
+            )
+        peft_config = copy.copy(peft_config)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = list(policy.lora_target_modules)
+        transformer.add_adapter(peft_config, "default")
+        return TrainedWeights(is_lora=True, adapter_name="default")
+    if not loaded:
+        return TrainedWeights(is_lora=False, adapter_name="default")
+    active = transformer.active_adapters()
+    if len(active) != 1:
+        raise ValueError(
+            f"The transformer must have one active LoRA to train, got {len(active)}: {active}. Choose one with "
+            "`pipe.set_adapters(name)`."
+        )
+    transformer.set_adapter(active[0])  # also makes its weights trainable
+    return TrainedWeights(is_lora=True, adapter_name=active[0])
+
+
+def compile_repeated_blocks(transformer: ModelMixin) -> None:
+    """Compile a diffusers model's blocks in place, unless they are compiled already. Its weights keep their names."""
+    if any(module._compiled_call_impl is not None for module in transformer.modules()):
+        return
+    # A graph each for: passes of one image, of the first batch size and of any; with and without gradient, and
+    # adapters; the first block and the others. Past the limit, 8, passes would not be compiled and round differently.
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    transformer.compile_repeated_blocks()
+
+
+def make_reference(transformer: ModelMixin, settings: MixGRPOConfig) -> nn.Module:
+    """A frozen copy of the transformer, which rounds as the transformer does."""
+    reference = copy.deepcopy(transformer).requires_grad_(False).to(settings.device)
+    if settings.compile_repeated_blocks:
+        compile_repeated_blocks(reference)
+    return reference
+
+
+def place_components(pipe: DiffusionPipeline, settings: MixGRPOConfig, stay: Collection[str] = ()) -> None:
+    """Move each model to its device, except for the transformer, which the Trainer moves, and those in `stay`."""
+    for name, component in pipe.components.items():
+        if not isinstance(component, nn.Module) or name in ("transformer", *stay) or hasattr(component, "_hf_hook"):
+            continue
+        device = torch.device("cpu") if name == "vae" and settings.offload_vae else settings.device
+        if getattr(component, "device", None) != device:  # bitsandbytes' weights may refuse to be moved
+            component.to(device)
+
+
+def rename_gradient_checkpointing(transformer: ModelMixin) -> None:
+    """Give a diffusers model the method with which the Trainer switches on gradient checkpointing."""
+    transformer.activation_checkpointing_enable = functools.partial(_enable_gradient_checkpointing, transformer)
+
+
+def _enable_gradient_checkpointing(
+    transformer: ModelMixin,
+    activation_checkpointing_kwargs: dict[str, Any] | None = None,
+    every_n_layers: int = 1,
+    offload: bool = False,
+) -> None:
+    if every_n_layers != 1 or offload:
+        raise ValueError(
+            "`activation_checkpointing_kwargs` of a diffusers model must only hold arguments of "
+            f"torch.utils.checkpoint.checkpoint, got every_n_layers={every_n_layers}, offload={offload}."
+        )
+    kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+    transformer.enable_gradient_checkpointing(functools.partial(torch.utils.checkpoint.checkpoint, **kwargs))

@@ -1,0 +1,89 @@
+"""The files of trained weights, as diffusers loads them: a LoRA, or the whole transformer."""
+
+import os
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+from .preparation import TrainedWeights
+
+
+LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+TRANSFORMER_FOLDER = "transformer"
+
+
+def save_trained_weights(
+    pipe: DiffusionPipeline,
+    folder: str,
+    weights: TrainedWeights,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """
+    Save the LoRA as `pipe.load_lora_weights(folder)` expects it, or the transformer as a part of a pipeline's folder.
+
+    Args:
+        pipe ([`~diffusers.DiffusionPipeline`]): The pipeline in training.
+        folder (`str`): Where to save.
+        weights ([`TrainedWeights`]): Which weights are trained.
+        state_dict (`dict`, *optional*): The gathered weights of a transformer that is sharded.
+    """
+    if weights.is_lora:
+        _save_lora(pipe, folder, weights.adapter_name, state_dict)
+    else:
+        _save_transformer(pipe.transformer, folder, state_dict)
+
+
+def load_trained_weights(pipe: DiffusionPipeline, folder: str, weights: TrainedWeights) -> None:
+    """
+    Load the files of [`save_trained_weights`] back into the pipeline in training.
+
+    Raises:
+        `FileNotFoundError`: If the folder does not hold them.
+        `ValueError`: If it holds a LoRA of another shape.
+    """
+    name = LORA_WEIGHTS_NAME if weights.is_lora else TRANSFORMER_FOLDER
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"`resume_from_checkpoint` must be a checkpoint of {'a LoRA' if weights.is_lora else 'full fine-tuning'} "
+            f"by this trainer, got {folder!r}, which has no {name}."
+        )
+    if weights.is_lora:
+        _load_lora(pipe, folder, weights.adapter_name)
+    else:
+        pipe.transformer.load_state_dict(type(pipe.transformer).from_pretrained(path).state_dict())
+
+
+def _save_transformer(transformer: ModelMixin, folder: str, state_dict: dict[str, torch.Tensor] | None) -> None:
+    if state_dict is not None:
+        with torch.device("meta"):
+            transformer = type(transformer).from_config(transformer.config)
+        transformer.load_state_dict(state_dict, assign=True)
+    transformer.save_pretrained(os.path.join(folder, TRANSFORMER_FOLDER))
+
+
+def _save_lora(
+    pipe: DiffusionPipeline, folder: str, adapter_name: str, state_dict: dict[str, torch.Tensor] | None
+) -> None:
+    pipe.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(
+            pipe.transformer, state_dict=state_dict, adapter_name=adapter_name
+        ),
+        # It holds the LoRA's alpha: without it a LoRA would be loaded with a scale as if alpha were its rank.
+        transformer_lora_adapter_metadata=pipe.transformer.peft_config[adapter_name].to_dict(),
+        weight_name=LORA_WEIGHTS_NAME,
+    )
+
+
+def _load_lora(pipe: DiffusionPipeline, folder: str, adapter_name: str) -> None:
+    state_dict = pipe.lora_state_dict(folder, weight_name=LORA_WEIGHTS_NAME)
+    state_dict = {key.removeprefix("transformer."): value for key, value in state_dict.items()}
+    own = get_peft_model_state_dict(pipe.transformer, adapter_name=adapter_name)
+    if {key: value.shape for key, value in state_dict.items()} != {key: value.shape for key, value in own.items()}:
+        raise ValueError(
+            f"The LoRA in {folder!r} has other layers or another rank than this trainer's. Resume with the "
+            "`peft_config` that it was trained with."
+        )
+    set_peft_model_state_dict(pipe.transformer, state_dict, adapter_name=adapter_name)

@@ -1,0 +1,1 @@
+"""What a run shows: sample grids and the model card."""

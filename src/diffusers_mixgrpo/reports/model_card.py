@@ -1,0 +1,151 @@
+"""The model card of a trained policy: how it was trained and how to load it."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..mixgrpo_config import MixGRPOConfig
+from ..policies import PipelinePolicy
+from ..policies.trained_weights import LORA_WEIGHTS_NAME, TRANSFORMER_FOLDER
+
+
+LOAD_LORA = """pipe = {pipeline}.from_pretrained("{base_model}", torch_dtype=torch.bfloat16)
+pipe.load_lora_weights("{repo_id}", weight_name="{weight_name}")"""
+
+LOAD_FULL = """transformer = {transformer}.from_pretrained(
+    "{repo_id}", subfolder="{folder}", torch_dtype=torch.bfloat16
+)
+pipe = {pipeline}.from_pretrained("{base_model}", transformer=transformer, torch_dtype=torch.bfloat16)"""
+
+TEMPLATE = """# {name}
+
+{kind} of {base_link}, trained online with
+[MixGRPO](https://arxiv.org/abs/2507.21802) to raise {rewards}.
+
+## Use
+
+```python
+import torch
+from diffusers import {imports}
+
+{load}
+pipe.to("cuda")
+
+image = pipe(
+    "{prompt}",
+{arguments}
+    generator=torch.Generator("cpu").manual_seed(0),
+).images[0]
+```
+{shift}
+## Training
+
+{optimizer_steps} optimizer steps in {iterations} iterations of {images} images
+({num_generations} per prompt), learning rate {learning_rate}.
+
+| | |
+|---|---|
+{rows}
+
+Trained with diffusers-mixgrpo.
+"""
+
+SHIFT_NOTE = """
+The policy was trained with a static timestep shift of {shift}; to sample at the same timesteps:
+
+```python
+pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+    pipe.scheduler.config, shift={shift}, use_dynamic_shifting=False
+)
+```
+"""
+
+SETTINGS = (
+    "sde_type",
+    "eta",
+    "window_strategy",
+    "window_size",
+    "window_interval",
+    "window_stride",
+    "num_inference_steps",
+    "guidance_scale",
+    "shift",
+    "epsilon",
+    "beta",
+    "reward_weights",
+)
+
+
+def mixgrpo_model_card(
+    policy: PipelinePolicy,
+    settings: MixGRPOConfig,
+    repo_id: str,
+    base_model: str | None,
+    reward_names: Sequence[str],
+    is_lora: bool,
+    optimizer_steps: int,
+    num_processes: int,
+    prompt: str,
+    metadata: dict[str, Any],
+) -> ModelCard:
+    """
+    Write the card of a trained LoRA or transformer.
+
+    Args:
+        policy ([`PipelinePolicy`]): The policy; it names the classes to load and the arguments to sample with.
+        settings ([`MixGRPOConfig`]): The configuration of the training run.
+        repo_id (`str`): The repository, for the loading code.
+        base_model (`str`, *optional*): The base pipeline; the card names it if it is on the Hub.
+        reward_names (`Sequence[str]`): Names of the rewards.
+        is_lora (`bool`): Whether a LoRA was trained, or the whole transformer.
+        optimizer_steps (`int`): Optimizer steps taken.
+        num_processes (`int`): Devices of the training run.
+        prompt (`str`): A prompt for the example.
+        metadata (`dict`): More entries of the card's metadata.
+
+    Returns:
+        `huggingface_hub.ModelCard`.
+    """
+    pipeline = type(policy.pipe).__name__
+    transformer = type(policy.pipe.transformer).__name__
+    is_on_hub = base_model is not None and base_model.count("/") == 1 and not os.path.exists(base_model)
+    imports = [pipeline]
+    if not is_lora:
+        imports.append(transformer)
+    if settings.shift is not None:
+        imports.append("FlowMatchEulerDiscreteScheduler")
+    tags = ["text-to-image", policy.family, "mixgrpo", "grpo"] + (["lora"] if is_lora else [])
+    data = ModelCardData(
+        base_model=base_model if is_on_hub else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        **{"tags": tags, **metadata},
+    )
+    load = (LOAD_LORA if is_lora else LOAD_FULL).format(
+        pipeline=pipeline,
+        transformer=transformer,
+        base_model=base_model if is_on_hub else "path/to/the/base/pipeline",
+        repo_id=repo_id,
+        weight_name=LORA_WEIGHTS_NAME,
+        folder=TRANSFORMER_FOLDER,
+    )
+    text = TEMPLATE.format(
+        name=repo_id.split("/")[-1],
+        kind="A LoRA" if is_lora else "A full fine-tuning",
+        base_link=f"[{base_model}](https://huggingface.co/{base_model})" if is_on_hub else f"a local {pipeline}",
+        rewards=" and ".join(f"`{name}`" for name in reward_names),
+        imports=", ".join(sorted(imports)),
+        load=load,
+        prompt=prompt.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " "),
+        arguments="\n".join(f"    {name}={value!r}," for name, value in policy.call_arguments.items()),
+        shift="" if settings.shift is None else SHIFT_NOTE.format(shift=settings.shift),
+        optimizer_steps=optimizer_steps,
+        iterations=optimizer_steps // settings.optimizer_steps_per_iteration,
+        images=settings.prompts_per_iteration * settings.num_generations * num_processes,
+        num_generations=settings.num_generations,
+        learning_rate=settings.learning_rate,
+        rows="\n".join(f"| `{name}` | {getattr(settings, name)} |" for name in SETTINGS),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

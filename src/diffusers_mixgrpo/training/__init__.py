@@ -1,0 +1,1 @@
+"""One training iteration: its plan, the engine that carries it out, its memory, and a preflight check."""

@@ -1,0 +1,86 @@
+"""Callbacks: what must happen between iterations and not inside one, and the progress bar."""
+
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..mixgrpo_config import MixGRPOConfig
+from .plan import PromptSampler
+
+
+class IterationCallback(TrainerCallback):
+    """
+    Keeps evaluations and checkpoints at the ends of iterations.
+
+    One that is due inside an iteration waits for its end: a checkpoint then never has to hold half-used rollouts, and
+    a resumed run repeats an uninterrupted one exactly.
+
+    Attributes:
+        sampler ([`PromptSampler`], *optional*): The sampler of the training prompts; it is told the epoch.
+        first_step (`int`): Optimizer steps before this run.
+        saved_step (`int`, *optional*): The step of this run's last checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.sampler: PromptSampler | None = None
+        self.first_step = 0
+        self.saved_step: int | None = None
+        self._evaluation_is_due = False
+        self._save_is_due = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.first_step = state.global_step
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # accelerate forwards the epoch to the sampler through some wrappers but not through all of them
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saved_step = state.global_step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        assert isinstance(args, MixGRPOConfig)
+        self._evaluation_is_due |= control.should_evaluate
+        self._save_is_due |= control.should_save
+        is_last = state.global_step >= state.max_steps
+        at_end = is_last or state.global_step % args.optimizer_steps_per_iteration == 0
+        control.should_evaluate = self._evaluation_is_due and at_end
+        control.should_save = self._save_is_due and at_end
+        if at_end:
+            self._evaluation_is_due = False
+            self._save_is_due = False
+        return control
+
+
+class RewardProgressCallback(ProgressCallback):
+    """
+    The Trainer's progress bar with the latest rewards and the window's place in it.
+
+    The Trainer's own callback prints each log on a line of its own, which has some thirty entries here. They are all
+    in the trackers and in `trainer.state.log_history`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, str] = {}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        names = {"reward": "reward", "held-out": "eval_reward", "window": "window/start"}
+        self._shown |= {label: f"{logs[name]:.3g}" for label, name in names.items() if name in logs}
+        self.training_bar.set_postfix(self._shown, refresh=False)

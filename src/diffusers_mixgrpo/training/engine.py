@@ -1,0 +1,543 @@
+"""
+[`Engine`]: one training iteration, from its plan to the gradient.
+
+    plan = engine.plan(iteration, rows)      # prompts, window, random numbers
+    rollout = engine.roll_out(plan)          # sample, decode, score, compare
+    batch = engine.backward(rollout, images) # replay, losses, gradient
+
+It knows nothing of a Trainer, keeps no state between iterations, and logs nothing: it returns values.
+
+Shapes: `P` prompts of this rank, `G` images of each, `B = P * G` images, `w` window steps, `N` transitions, `K`
+rewards, `...` the shape of one image's latents.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers import SchedulerMixin
+from diffusers.training_utils import offload_models
+from PIL import Image
+from torch import Tensor, nn
+
+from ..core.advantages import combine_rewards, compute_advantages, keep_extremes, normalize_weights, scored_std
+from ..core.objectives import Objective, add_kl_penalty, clipped_objective
+from ..core.policy import Conditioning
+from ..core.rollout import Trajectory, sample_batches, sample_trajectories
+from ..mixgrpo_config import MixGRPOConfig
+from ..policies import PipelinePolicy
+from ..policies.accelerations import accelerated_ode
+from ..policies.preparation import TrainedWeights, make_reference
+from ..rewards.runner import RewardRunner, check_failures, reward_statistics
+from ..scheduling_mixed_ode_sde import MixedODESDEScheduler
+from .phase_timer import PhaseTimer
+from .plan import IterationPlan, PromptDataset, Row, draw_order, plan_iteration
+
+
+@dataclass
+class SampledBatch:
+    """Some images of an iteration: the trajectory of `n` images, and the images."""
+
+    trajectory: Trajectory
+    images: list[Image.Image]
+
+
+@dataclass
+class Rollout:
+    """
+    The images of one iteration on this rank, sampled and scored.
+
+    Args:
+        plan ([`IterationPlan`]): The plan that they were sampled by.
+        trajectory ([`Trajectory`] of `B` images): Their windows.
+        images (`list[PIL.Image.Image]` of length `B`): The images.
+        rewards (`torch.Tensor` of shape `(K, B)`): Their rewards, NaN where an image could not be scored.
+        advantages (`torch.Tensor` of shape `(B,)`): On the CPU, so that choosing images waits for no device.
+        order (`torch.LongTensor` of shape `(B,)`): The images in the order in which they are trained, on the CPU.
+        reference_means (`torch.Tensor` of shape `(B, w, ...)`, *optional*): With `beta > 0`, the means of the
+            reference model's transitions from the same states; 0 at steps that are not trained.
+        statistics (`dict[str, float]`): What to log about the images of all ranks.
+    """
+
+    plan: IterationPlan
+    trajectory: Trajectory
+    images: list[Image.Image]
+    rewards: Tensor
+    advantages: Tensor
+    order: Tensor
+    reference_means: Tensor | None
+    statistics: dict[str, float]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The dataset row of each image."""
+        return image_rows(self.plan, len(self.images) // len(self.plan.rows))
+
+    def training_batches(self, batch_size: int) -> list[Tensor]:
+        """The images of each training batch, on the CPU."""
+        return list(self.order.split(batch_size))
+
+
+@dataclass
+class TrainingPass:
+    """One forward and backward pass: its `n` transitions, by image and window step, their ratios and statistics."""
+
+    images: Tensor
+    steps: Tensor
+    ratio: Tensor
+    statistics: dict[str, Tensor]
+
+
+@dataclass
+class TrainingBatch:
+    """One training batch after its backward passes: the loss, a 0-d tensor, and the passes."""
+
+    loss: Tensor
+    passes: list[TrainingPass]
+
+
+class Engine:
+    """
+    Samples, scores and trains the images of an iteration. See the top of this file.
+
+    Args:
+        policy ([`PipelinePolicy`]): The policy.
+        scheduler ([`MixedODESDEScheduler`]): It takes the steps of rollouts.
+        settings ([`MixGRPOConfig`]): The configuration.
+        rewards ([`RewardRunner`]): It scores images.
+        accelerator ([`~accelerate.Accelerator`]): Precision, devices, and backward passes.
+        weights ([`TrainedWeights`]): Which weights of the transformer are trained.
+
+    Attributes:
+        encode (`Callable`): Prompts to [`Conditioning`]. The policy's own method, unless replaced by
+            [`~policies.prompt_embeds.CachedPrompts.encode`].
+        timer ([`PhaseTimer`]): Seconds of the phases `sampling`, `decoding`, `reward` and `training`.
+    """
+
+    def __init__(
+        self,
+        policy: PipelinePolicy,
+        scheduler: MixedODESDEScheduler,
+        settings: MixGRPOConfig,
+        rewards: RewardRunner,
+        accelerator: Accelerator,
+        weights: TrainedWeights,
+    ) -> None:
+        self.policy = policy
+        self.scheduler = scheduler
+        self.settings = settings
+        self.rewards = rewards
+        self.accelerator = accelerator
+        self.weights = weights
+        self.encode: Callable[[Sequence[str]], Conditioning] = policy.encode
+        self.timer = PhaseTimer(settings.device)
+        self.window_schedule = settings.window_schedule()
+        self.reward_weights = normalize_weights(settings.reward_weights, len(rewards.names))
+        self.reference: nn.Module | None = None
+        if settings.beta > 0 and not weights.is_lora:
+            self.reference = make_reference(policy.pipe.transformer, settings)
+        self._accelerated_ode = functools.partial(
+            accelerated_ode, policy.pipe.transformer, settings.ode_cache_config(), settings.merge_lora
+        )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed shards the weights: then all ranks must run the same number of passes."""
+        state = self.accelerator.state
+        return any(getattr(state, name, None) is not None for name in ("fsdp_plugin", "deepspeed_plugin"))
+
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.policy.transformer.parameters() if parameter.requires_grad]
+
+    # ---- 1. Plan ----
+
+    def plan(self, iteration: int, rows: Sequence[Row]) -> IterationPlan:
+        """The plan of an iteration on this rank, from its number and its `P` dataset rows."""
+        rank = self.accelerator.process_index
+        return plan_iteration(self.settings, self.window_schedule, iteration, rows, rank)
+
+    # ---- 2. Sample ----
+
+    def sample(self, plan: IterationPlan, transformer: nn.Module | None = None) -> Iterator[SampledBatch]:
+        """
+        Sample and decode the images of an iteration, batch by batch.
+
+        Args:
+            plan ([`IterationPlan`]): The plan.
+            transformer (`torch.nn.Module`, *optional*): The module to call instead of the policy's own transformer.
+
+        Yields:
+            [`SampledBatch`]: `sample_batch_size` images at a time, in the order of the plan's rows.
+        """
+        settings = self.settings
+        start, size = plan.window
+        self.scheduler = MixedODESDEScheduler.from_config(self.scheduler.config, window_start=start, window_size=size)
+        with self.timer.phase("sampling"):
+            conditioning = self.encode(plan.prompts)
+            # States are kept in float32: rounding them would appear as noise in the ratio.
+            latents = self.policy.initial_latents(plan.latent_seeds).float()
+        batches = sample_batches(
+            self.policy,
+            self.scheduler,
+            conditioning,
+            latents,
+            num_generations=settings.num_generations,
+            generator=torch.Generator(self.policy.device).manual_seed(plan.sde_seed),
+            batch_size=settings.sample_batch_size,
+            transformer=transformer,
+            keep_graph=plan.steps.tolist() if settings.reuse_rollout_graph else (),
+            outside_window=self._accelerated_ode,
+        )
+        while True:
+            with self.timer.phase("sampling"), self.accelerator.autocast():
+                trajectory = next(batches, None)
+            if trajectory is None:
+                return
+            with self.timer.phase("decoding"):
+                images = self.decode(trajectory.latents, settings.decode_batch_size or settings.sample_batch_size)
+            yield SampledBatch(trajectory, images)
+
+    def decode(self, latents: Tensor, batch_size: int | None) -> list[Image.Image]:
+        """Images from denoised latents, with the VAE on the device."""
+        vae = self.policy.pipe.vae
+        is_offloaded = self.settings.offload_vae and not hasattr(vae, "_hf_hook")
+        with offload_models(vae, device=self.settings.device, offload=is_offloaded):
+            return self.policy.decode(latents, batch_size)
+
+    @torch.no_grad()
+    def reference_means(
+        self, plan: IterationPlan, trajectory: Trajectory, transformer: nn.Module | None = None
+    ) -> Tensor | None:
+        """
+        Where the reference model would have gone from each state: `(B, w, ...)`, or `None` without a KL term.
+
+        The reference is the transformer without its LoRA, or a frozen copy in full fine-tuning.
+        """
+        if self.settings.beta == 0:
+            return None
+        means = torch.zeros_like(trajectory.states[:, 1:])
+        images, steps = trajectory.transition_indices(plan.steps.to(means.device, non_blocking=True))
+        # As many as in sampling, which needs no gradient either: so they fit
+        size = self.settings.replay_batch_size or self.settings.sample_batch_size or len(trajectory)
+        with self.timer.phase("sampling"), self.accelerator.autocast(), self._reference(transformer) as reference:
+            for start in range(0, len(images), size):
+                chosen = images[start : start + size], steps[start : start + size]
+                means[chosen] = trajectory.replay(self.policy, *chosen, transformer=reference).means
+        return means
+
+    @contextlib.contextmanager
+    def _reference(self, transformer: nn.Module | None) -> Iterator[nn.Module | None]:
+        if self.reference is not None:
+            yield self.reference
+            return
+        self.policy.pipe.transformer.disable_adapters()
+        try:
+            yield transformer
+        finally:
+            self.policy.pipe.transformer.enable_adapters()
+
+    # ---- 3. Score ----
+
+    def roll_out(self, plan: IterationPlan, transformer: nn.Module | None = None) -> Rollout:
+        """
+        Sample the images of an iteration, score them, and compare them within their groups.
+
+        Args:
+            plan ([`IterationPlan`]): The plan.
+            transformer (`torch.nn.Module`, *optional*): The module to call instead of the policy's own transformer.
+
+        Raises:
+            [`RewardError`]: If a reward is broken, or fails on more than `max_reward_failure_rate` of the images.
+        """
+        rows = image_rows(plan, self.settings.num_generations)
+        images: list[Image.Image] = []
+        trajectories: list[Trajectory] = []
+        for batch in self.sample(plan, transformer):
+            self.rewards.start(rows[len(images) : len(images) + len(batch.images)], batch.images)
+            images += batch.images
+            trajectories.append(batch.trajectory)
+        trajectory = Trajectory.concatenate(trajectories)
+        reference_means = self.reference_means(plan, trajectory, transformer)
+        with self.timer.phase("reward"):
+            rewards = self.rewards.finish()
+        return self.compare(plan, trajectory, images, rewards, reference_means)
+
+    def compare(
+        self,
+        plan: IterationPlan,
+        trajectory: Trajectory,
+        images: list[Image.Image],
+        rewards: Tensor,
+        reference_means: Tensor | None = None,
+    ) -> Rollout:
+        """
+        Advantages and statistics of scored images: `rewards` of shape `(K, B)`, NaN where there is no score.
+
+        Raises:
+            [`RewardError`]: If a reward failed on more than `max_reward_failure_rate` of all ranks' images.
+        """
+        settings = self.settings
+        # Advantages only need their own group. Statistics, and rewards scaled by the batch, need all ranks.
+        groups = rewards.unflatten(1, (-1, settings.num_generations))
+        everyone = self.gather(groups.movedim(1, 0)).movedim(0, 1)
+        advantages = compute_advantages(
+            everyone,
+            self.reward_weights,
+            settings.multi_objective_aggregation,
+            settings.scale_rewards,
+            settings.advantage_clip,
+        )
+        errors = self.rewards.all_errors() if bool(everyone.isnan().any()) else {}
+        check_failures(everyone, self.rewards.names, settings.max_reward_failure_rate, errors, plan.iteration)
+        own = advantages.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+        statistics = self._statistics(plan, trajectory, everyone, advantages)
+        return self.make_rollout(plan, trajectory, images, rewards, own, reference_means, statistics)
+
+    def make_rollout(
+        self,
+        plan: IterationPlan,
+        trajectory: Trajectory,
+        images: list[Image.Image],
+        rewards: Tensor,
+        advantages: Tensor,
+        reference_means: Tensor | None,
+        statistics: dict[str, float],
+    ) -> Rollout:
+        """A rollout from this rank's advantages of shape `(P, G)`: all are trained on, or only `replay_top_k`."""
+        if self.settings.replay_top_k is not None:
+            advantages = keep_extremes(advantages, self.settings.replay_top_k)
+        advantages = advantages.flatten()
+        order = draw_order(plan.order_seed, advantages, self.settings.per_device_train_batch_size)
+        return Rollout(plan, trajectory, images, rewards, advantages, order, reference_means, statistics)
+
+    def _statistics(
+        self, plan: IterationPlan, trajectory: Trajectory, rewards: Tensor, advantages: Tensor
+    ) -> dict[str, float]:
+        """Of the images of all ranks: `rewards` of shape `(K, P, G)` and `advantages` of shape `(P, G)`."""
+        statistics = reward_statistics(rewards.flatten(1), self.rewards.names, self.reward_weights)
+        del statistics["reward_se"]
+        combined = combine_rewards(rewards, self.reward_weights)
+        statistics["reward_std"] = float(scored_std(combined, dims=(-1,)).mean())
+        statistics["frac_reward_zero_std"] = float((advantages == 0).all(dim=-1).float().mean())
+        statistics["window/start"] = plan.window.start
+        statistics["window/size"] = plan.window.size
+        statistics["iteration"] = plan.iteration
+        statistics["nfe"] = trajectory.nfe
+        statistics["nfe_amortized"] = trajectory.nfe_computed
+        return statistics
+
+    def try_rewards(self, dataset: PromptDataset) -> None:
+        """
+        Call each reward on two gray images, so that a broken one is found before a rollout.
+
+        Raises:
+            [`RewardError`]: If a reward raises, or returns anything but one score per image.
+        """
+        rows = [dict(dataset[i % len(dataset)]) for i in range(2)]
+        size = (self.policy.width, self.policy.height)
+        self.rewards.start(rows, [Image.new("RGB", size, "gray") for _ in rows])
+        check_failures(self.rewards.finish(), self.rewards.names, limit=None, errors=self.rewards.errors)
+
+    # ---- 4. Losses and gradient ----
+
+    def backward(
+        self,
+        rollout: Rollout,
+        images: Tensor,
+        transformer: nn.Module | None = None,
+        pass_size: int | None = None,
+        accumulation_steps: int = 1,
+    ) -> TrainingBatch:
+        """
+        Add the gradient of one training batch: the mean loss over its images and their trained steps.
+
+        The gradient does not depend on `pass_size`. The passes of one optimizer step synchronize gradients once.
+
+        Args:
+            rollout ([`Rollout`]): The iteration's images.
+            images (`torch.LongTensor` of shape `(b,)`): The images of the training batch, on the CPU.
+            transformer (`torch.nn.Module`, *optional*): The module to train, wrapped for distributed training.
+            pass_size (`int`, *optional*): Transitions per forward and backward pass. Defaults to all.
+            accumulation_steps (`int`, defaults to 1): Training batches per optimizer step.
+        """
+        with self.timer.phase("training"):
+            count = len(images) * len(rollout.plan.steps)
+            images, steps = self.transitions_to_train(rollout, images)
+            pass_size = pass_size or len(images)
+            total = torch.zeros((), device=self.settings.device)
+            passes = []
+            for start in range(0, len(images), pass_size):
+                chosen = images[start : start + pass_size], steps[start : start + pass_size]
+                synchronizes = start + pass_size >= len(images) and not self.settings.reuse_rollout_graph
+                with contextlib.nullcontext() if synchronizes else self._no_gradient_sync(transformer):
+                    objective = self.objective(rollout, *chosen, transformer=transformer)
+                    loss = objective.losses.sum() / (count * accumulation_steps)
+                    self._backward(loss)
+                total += loss.detach()
+                passes.append(TrainingPass(*chosen, objective.ratio, objective.statistics))
+            if self.settings.reuse_rollout_graph:
+                self._average_gradients()
+            return TrainingBatch(total, passes)
+
+    def transitions_of(self, rollout: Rollout, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The transitions of some images at the trained steps, by image and window step: two tensors `(N,)`."""
+        steps = rollout.plan.steps
+        return images.repeat_interleave(len(steps)), steps.repeat(len(images))
+
+    def transitions_to_train(self, rollout: Rollout, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[`transitions_of`], without those that have no gradient because their image has no advantage."""
+        images, steps = self.transitions_of(rollout, images)
+        if self.settings.beta > 0 or self.is_sharded:
+            return images, steps
+        kept = (rollout.advantages[images] != 0).nonzero().flatten()
+        if len(kept) == 0:
+            # Each rank must run a backward pass, and the optimizer needs a gradient, even a zero one.
+            kept = torch.zeros(1, dtype=torch.long)
+        return images[kept], steps[kept]
+
+    def objective(
+        self, rollout: Rollout, images: Tensor, steps: Tensor, transformer: nn.Module | None = None
+    ) -> Objective:
+        """
+        The losses of `N` transitions under the current weights.
+
+        Args:
+            rollout ([`Rollout`]): The iteration's images.
+            images, steps (`torch.LongTensor` of shape `(N,)`): The transitions, by image and window step, on the CPU.
+            transformer (`torch.nn.Module`, *optional*): The module to call instead of the policy's own transformer.
+        """
+        settings = self.settings
+        trajectory = rollout.trajectory
+        device = trajectory.states.device
+        # Other copies wait for the passes before them. On MPS these may read freed memory (pytorch issue 189690).
+        no_wait = device.type != "mps"
+        advantages = rollout.advantages[images].to(device, non_blocking=no_wait)
+        images = images.to(device, non_blocking=no_wait)
+        steps = steps.to(device, non_blocking=no_wait)
+        old_log_probs = trajectory.log_probs.detach()[images, steps]
+        if settings.reuse_rollout_graph:
+            new_log_probs = trajectory.log_probs[images, steps]
+            return clipped_objective(new_log_probs, old_log_probs, advantages, settings.epsilon, settings.epsilon_high)
+        with self.accelerator.autocast():
+            replay = trajectory.replay(self.policy, images, steps, transformer)
+        objective = clipped_objective(
+            replay.log_probs, old_log_probs, advantages, settings.epsilon, settings.epsilon_high
+        )
+        if rollout.reference_means is not None:
+            reference_means = rollout.reference_means[images, steps]
+            objective = add_kl_penalty(objective, replay.means, reference_means, replay.stds, settings.beta)
+        return objective
+
+    def _backward(self, loss: Tensor) -> None:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # As in the Trainer: the loss has been divided by the accumulation steps already.
+            self.accelerator.backward(loss, scale_wrt_gas=False)
+        else:
+            self.accelerator.backward(loss)
+
+    def _average_gradients(self) -> None:
+        # The rollout's passes went around DDP, so its hooks do not know of this backward pass.
+        if self.accelerator.num_processes > 1:
+            for parameter in self.policy.transformer.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+
+    @contextlib.contextmanager
+    def _no_gradient_sync(self, transformer: nn.Module | None) -> Iterator[None]:
+        # The flag tells accelerate's backward (DeepSpeed would take an optimizer step), the context tells DDP. Where
+        # the Trainer has turned it off already, for gradient accumulation, there is nothing to do.
+        state = self.accelerator.gradient_state
+        if not state.sync_gradients:
+            yield
+            return
+        state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(transformer) if transformer is not None else contextlib.nullcontext():
+                yield
+        finally:
+            state._set_sync_gradients(True)
+
+    # ---- Evaluation ----
+
+    def evaluate(self, dataset: PromptDataset, transformer: nn.Module | None = None) -> Tensor:
+        """
+        Rewards of the deterministic sampler's images of `n` prompts: `(K, n)`. Ranks share the prompts evenly.
+
+        Args:
+            dataset ([`PromptDataset`] of length `n`): The prompts. Prompt `i` is sampled with seed `eval_seed + i`.
+            transformer (`torch.nn.Module`, *optional*): The module to call instead of the policy's own transformer.
+        """
+        count = len(dataset)
+        share = math.ceil(count / self.accelerator.num_processes)
+        first = self.accelerator.process_index * share
+        # The last ranks may repeat some prompts, to run as many passes as the others.
+        indices = [i % count for i in range(first, first + share)]
+        rewards = []
+        size = self.settings.per_device_eval_batch_size
+        for start in range(0, share, size):
+            chosen = indices[start : start + size]
+            rows = [dict(dataset[i]) for i in chosen]
+            seeds = [self.settings.eval_seed + i for i in chosen]
+            images = self.sample_images([row["prompt"] for row in rows], seeds, transformer)
+            self.rewards.start(rows, images)
+            rewards.append(self.rewards.finish())
+        return self.gather(torch.cat(rewards, dim=1).movedim(1, 0)).movedim(0, 1)[:, :count]
+
+    @torch.no_grad()
+    def sample_images(
+        self, prompts: Sequence[str], seeds: Sequence[int], transformer: nn.Module | None = None
+    ) -> list[Image.Image]:
+        """
+        Images of the current policy by the deterministic sampler.
+
+        Args:
+            prompts (`Sequence[str]` of length `n`): The prompts.
+            seeds (`Sequence[int]` of length `n`): Their seeds.
+            transformer (`torch.nn.Module`, *optional*): The module to call instead of the policy's own transformer.
+
+        Returns:
+            `list[PIL.Image.Image]` of length `n`: those of the stock pipeline with the same prompts and generators.
+        """
+        settings = self.settings
+        policy = self.policy.with_steps(settings.eval_num_inference_steps or settings.num_inference_steps)
+        scheduler = make_scheduler(policy.pipe.scheduler, settings, evaluation=True)
+        images: list[Image.Image] = []
+        size = settings.per_device_eval_batch_size
+        for start in range(0, len(prompts), size):
+            conditioning = self.encode(prompts[start : start + size])
+            latents = policy.initial_latents(seeds[start : start + size])
+            with self.accelerator.autocast():
+                trajectory = sample_trajectories(policy, scheduler, conditioning, latents, transformer=transformer)
+            images += self.decode(trajectory.latents, settings.decode_batch_size)
+        return images
+
+    # ---- Ranks ----
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all ranks, on the CPU."""
+        return self.accelerator.gather(tensor.to(self.accelerator.device).contiguous()).cpu()
+
+
+def image_rows(plan: IterationPlan, num_generations: int) -> list[Row]:
+    """The dataset row of each image of an iteration on this rank."""
+    return [row for row in plan.rows for _ in range(num_generations)]
+
+
+def make_scheduler(
+    scheduler: SchedulerMixin, settings: MixGRPOConfig, evaluation: bool = False
+) -> MixedODESDEScheduler:
+    """A pipeline's scheduler with the window and solver of the settings, or, for evaluation, as a plain Euler ODE."""
+    changes: dict[str, Any] = {"ode_solver": "euler", "prefix_ratio": 1.0, "suffix_ratio": 1.0}
+    changes |= {"window_start": 0, "window_size": 0}
+    if not evaluation:
+        changes |= settings.scheduler_arguments()
+    if settings.shift is not None:
+        changes |= {"shift": settings.shift, "use_dynamic_shifting": False}
+    return MixedODESDEScheduler.from_config(scheduler.config, **changes)
