@@ -1,18 +1,18 @@
-"""Offers rewards over HTTP, so that they can live on another machine, or in an environment of their own.
+"""Serve rewards over HTTP, so that they can run on another machine or in a separate environment.
 
-On the machine that has the GPU to spare:
+On the machine with the spare GPU:
 
     python examples/serve_rewards.py --reward_funcs hpsv2 my_module:my_reward --host 0.0.0.0 --port 8100
 
-and where the training runs, for each of them:
+On the training machine, for each reward (needs `pip install "diffusers-mixgrpo[remote]"`):
 
     from diffusers_mixgrpo.rewards.remote import RemoteReward
 
     reward = RemoteReward("http://gpu-box:8100/hpsv2")
 
-Only this machine can reach the server unless `--host` says otherwise. Set the environment variable REWARDS_API_KEY (or
-the one that `--api_key_env` names) to the same secret on both machines to let nobody else in; the connection itself is
-not encrypted. The wire format, JSON over HTTP, is described in `diffusers_mixgrpo/rewards/remote.py`.
+By default the server accepts only local connections; see `--host`. To restrict access, set the environment variable
+REWARDS_API_KEY (or the variable named by `--api_key_env`) to the same secret on both machines. The connection is not
+encrypted. The JSON format is documented in `diffusers_mixgrpo/rewards/remote.py`.
 """
 
 import argparse
@@ -28,29 +28,35 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
 
+T = TypeVar("T")
+
 logger = logging.getLogger("serve_rewards")
 DEFAULT_KEY = "REWARDS_API_KEY"
 
 
-def main():
+def main() -> None:
     args = parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     api_key = os.environ.get(args.api_key_env, "").strip()
     if args.api_key_env != DEFAULT_KEY and not api_key:
-        raise ValueError(f"`api_key_env`: the environment variable {args.api_key_env} is not set.")
+        raise ValueError(
+            f"`api_key_env` must name an environment variable with a key, got {args.api_key_env!r}, which is not set. "
+            "Set it, or omit `--api_key_env`."
+        )
     rewards = load_rewards(args.reward_funcs, args.device)
     server = RewardServer((args.host, args.port), rewards, api_key, args.max_request_mb * 2**20)
-    guard = "for those with the key" if api_key else "for everyone who reaches it"
-    logger.info("Serving %s at http://%s:%d, %s", ", ".join(rewards), *server.server_address[:2], guard)
+    access = "API key required" if api_key else "no API key required"
+    host, port = server.server_address[:2]
+    logger.info("Serving %s at http://%s:%d, %s", ", ".join(rewards), host, port, access)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -60,18 +66,18 @@ def main():
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Offers rewards over HTTP.")
+    parser = argparse.ArgumentParser(description="Serve rewards over HTTP.")
     parser.add_argument("--reward_funcs", nargs="+", required=True, help="Rewards, by name or as module:function.")
-    parser.add_argument("--host", default="127.0.0.1", help="Address to listen at; 0.0.0.0 for all of the machine's.")
-    parser.add_argument("--port", type=int, default=8100, help="Port to listen at; 0 takes a free one.")
-    parser.add_argument("--device", help="Device for rewards that have one. The GPU, if there is one, if unset.")
-    parser.add_argument("--api_key_env", default=DEFAULT_KEY, help="Environment variable with the key to ask for.")
-    parser.add_argument("--max_request_mb", type=int, default=256, help="Largest request, in MiB.")
+    parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
+    parser.add_argument("--port", type=int, default=8100, help="Port to listen on; 0 selects a free one.")
+    parser.add_argument("--device", help="Device of the rewards. Defaults to the GPU if there is one.")
+    parser.add_argument("--api_key_env", default=DEFAULT_KEY, help="Environment variable with the API key.")
+    parser.add_argument("--max_request_mb", type=int, default=256, help="Maximum size of a request, in MiB.")
     return parser.parse_args()
 
 
 def load_rewards(names: list[str], device: str | None) -> dict[str, Callable[..., Any]]:
-    """The rewards by their names, on their device."""
+    """Load the rewards onto `device`, by their names in logs."""
     import torch
 
     from diffusers_mixgrpo.rewards import load_reward
@@ -80,19 +86,23 @@ def load_rewards(names: list[str], device: str | None) -> dict[str, Callable[...
     rewards: dict[str, Callable[..., Any]] = {}
     for name in names:
         reward = load_reward(name)
-        called = getattr(reward, "__name__", type(reward).__name__)
-        if called in rewards:
-            raise ValueError(f"`reward_funcs`: two rewards are called {called!r}; serve them at two ports.")
-        rewards[called] = reward.to(device) if hasattr(reward, "to") else reward
+        served_name = getattr(reward, "__name__", type(reward).__name__)
+        if served_name in rewards:
+            raise ValueError(
+                f"`reward_funcs` must have distinct names, got {served_name!r} twice. Serve them on two ports."
+            )
+        rewards[served_name] = reward.to(device) if hasattr(reward, "to") else reward
     return rewards
 
 
 class RequestError(Exception):
-    """What is wrong with a request: the status to answer with, the message, and the field that it is about."""
+    """An invalid request: the status and the message of the answer, and the field that is invalid, if any."""
 
-    def __init__(self, status: HTTPStatus, message: str, field: str | None = None):
+    def __init__(self, status: HTTPStatus, message: str, field: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.field = status, message, field
+        self.status = status
+        self.message = message
+        self.field = field
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -102,14 +112,16 @@ class RewardServer(ThreadingHTTPServer):
     Args:
         address (`tuple[str, int]`): Host and port.
         rewards (`dict[str, Callable]`): The rewards by name. One batch is scored at a time.
-        api_key (`str`): Key to ask for; none if empty.
-        max_bytes (`int`): Size of the largest request.
+        api_key (`str`): The required API key; an empty string requires none.
+        max_bytes (`int`): Maximum size of a request.
     """
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, address: tuple[str, int], rewards: dict[str, Callable[..., Any]], api_key: str, max_bytes: int):
+    def __init__(
+        self, address: tuple[str, int], rewards: dict[str, Callable[..., Any]], api_key: str, max_bytes: int
+    ) -> None:
         super().__init__(address, RewardHandler)
         self.rewards = rewards
         self.api_key = api_key
@@ -119,29 +131,29 @@ class RewardServer(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exception()
         if isinstance(error, ConnectionError):
-            logger.info("%s went away: %s", client_address[0], error)
+            logger.info("%s disconnected: %s", client_address[0], error)
         else:
             super().handle_error(request, client_address)
 
 
 class RewardHandler(BaseHTTPRequestHandler):
-    """One request after the other of one connection."""
+    """Handles the requests of one connection, one after the other."""
 
     server: RewardServer
     protocol_version = "HTTP/1.1"
     server_version = "serve_rewards"
-    timeout = 60  # seconds that a client may be silent
-    error_content_type = "application/json"  # of what the base class refuses: other methods, broken requests
+    timeout = 60  # maximum seconds without data from the client
+    error_content_type = "application/json"  # of the base class's answers to other methods and malformed requests
     error_message_format = '{"error": {"message": "%(explain)s", "field": null}}'
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         if urlsplit(self.path).path == "/health":
             self.answer(HTTPStatus.OK, {"status": "ok", "rewards": list(self.server.rewards)})
         else:
-            self.refuse(RequestError(HTTPStatus.NOT_FOUND, "there is only GET /health and POST /<name>"))
+            self.refuse(RequestError(HTTPStatus.NOT_FOUND, "the only paths are GET /health and POST /<name>"))
 
-    def do_POST(self):
-        self.unread = 0
+    def do_POST(self) -> None:
+        self.unread = 0  # bytes of the request's body that have not been read
         try:
             self.unread = self.content_length()
             self.check_key()
@@ -162,12 +174,14 @@ class RewardHandler(BaseHTTPRequestHandler):
         return int(length)
 
     def read_body(self) -> bytes:
-        length, limit = self.unread, self.server.max_bytes
+        length = self.unread
+        limit = self.server.max_bytes
         if length > limit:
-            message = (
-                f"the request has {length} bytes, more than the limit of {limit}; send smaller batches, or raise "
+            raise RequestError(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"the request must have at most {limit} bytes, got {length}. Send smaller batches, or raise "
+                "`--max_request_mb`.",
             )
-            raise RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message + "`--max_request_mb`")
         content = self.rfile.read(length)
         self.unread = 0
         if len(content) < length:
@@ -175,23 +189,26 @@ class RewardHandler(BaseHTTPRequestHandler):
         return content
 
     def discard_body(self) -> None:
-        """Reads what a refused client still sends, unless it is absurdly much: cut off, it would see no answer."""
+        """Read the rest of a refused request, up to a limit: a client that is cut off would not see the answer."""
         self.close_connection |= self.unread > 4 * self.server.max_bytes
-        left = min(self.unread, 4 * self.server.max_bytes)
-        while left > 0 and (read := len(self.rfile.read(min(left, 2**20)))):
-            left -= read
+        remaining = min(self.unread, 4 * self.server.max_bytes)
+        while remaining > 0:
+            count = len(self.rfile.read(min(remaining, 2**20)))
+            if count == 0:
+                break
+            remaining -= count
 
     def check_key(self) -> None:
         given = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
         key = self.server.api_key
         if key and not hmac.compare_digest(given.encode(), key.encode()):
-            raise RequestError(HTTPStatus.UNAUTHORIZED, "the Authorization header has no or another key")
+            raise RequestError(HTTPStatus.UNAUTHORIZED, "the Authorization header must contain the API key")
 
     def find_reward(self) -> Callable[..., Any]:
         name = unquote(urlsplit(self.path).path.removeprefix("/"))
         if name not in self.server.rewards:
             rewards = ", ".join(self.server.rewards)
-            raise RequestError(HTTPStatus.NOT_FOUND, f"there is no reward {name!r}; those here are: {rewards}")
+            raise RequestError(HTTPStatus.NOT_FOUND, f"there is no reward {name!r}; available: {rewards}")
         return self.server.rewards[name]
 
     def refuse(self, error: RequestError) -> None:
@@ -210,43 +227,46 @@ class RewardHandler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        logger.info("%s %r", self.address_string(), format % args)  # %r: a path can hold any character
+        logger.info("%s %r", self.address_string(), format % args)  # %r, because a path can contain any character
 
 
 def read_batch(content: bytes) -> tuple[list[str], list[Image.Image], dict[str, list[Any]]]:
-    """Prompts, images and other columns of a request; [`RequestError`] names the field that is wrong."""
+    """Prompts, images and other columns of a request. A [`RequestError`] names the invalid field."""
 
-    def wrong(message: str, field: str | None = None) -> RequestError:
+    def invalid(message: str, field: str | None = None) -> RequestError:
         return RequestError(HTTPStatus.BAD_REQUEST, f"{field}: {message}" if field else message, field)
 
     try:
         body = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise wrong(f"the request is not JSON: {error}") from None
+        raise invalid(f"the request is not JSON: {error}") from None
     if not isinstance(body, dict):
-        raise wrong("the request is not a JSON object")
-    prompts, encoded, columns = body.get("prompts"), body.get("images"), body.get("columns", {})
+        raise invalid("the request is not a JSON object")
+    prompts = body.get("prompts")
+    encoded = body.get("images")
+    columns = body.get("columns", {})
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise wrong("must be a list of strings", "prompts")
+        raise invalid("must be a list of strings", "prompts")
     if not isinstance(encoded, list) or len(encoded) != len(prompts):
-        raise wrong(f"must be a list of {len(prompts)} images, as many as there are prompts", "images")
+        raise invalid(f"must be a list of {len(prompts)} images, one per prompt", "images")
     if not isinstance(columns, dict):
-        raise wrong("must be an object of lists", "columns")
+        raise invalid("must be an object of lists", "columns")
     for name, values in columns.items():
         if name in ("prompts", "images"):
-            raise wrong("is a name that rewards use themselves", f"columns.{name}")
+            raise invalid("is a reserved name", f"columns.{name}")
         if not isinstance(values, list) or len(values) != len(prompts):
-            raise wrong(f"must be a list of {len(prompts)} values", f"columns.{name}")
+            raise invalid(f"must be a list of {len(prompts)} values", f"columns.{name}")
     images = []
     for i, text in enumerate(encoded):
         try:
             images.append(read_image(text))
         except (binascii.Error, TypeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise wrong(f"is not a PNG, JPEG or WebP picture in base64 ({error})", f"images[{i}]") from None
+            raise invalid(f"must be a PNG, JPEG or WebP image in base64 ({error})", f"images[{i}]") from None
     return prompts, images, columns
 
 
 def read_image(text: str) -> Image.Image:
+    """The RGB image in a base64 string."""
     if not isinstance(text, str):
         raise TypeError(f"it is a {type(text).__name__}")
     image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG", "JPEG", "WEBP"))
@@ -256,12 +276,12 @@ def read_image(text: str) -> Image.Image:
 def score(
     reward: Callable[..., Any], prompts: list[str], images: list[Image.Image], columns: dict[str, list[Any]]
 ) -> list[float | None]:
-    """The reward's scores, `None` for what is not finite; whatever is wrong with them is a [`RequestError`]."""
+    """The reward's scores, with `None` for non-finite ones. A reward that does not work raises a [`RequestError`]."""
     try:
         scores = reward(prompts=prompts, images=images, **columns)
         if inspect.isawaitable(scores):
             scores = asyncio.run(wait_for(scores))
-        numbers = [math.nan if number is None else float(number) for number in scores]
+        numbers = [math.nan if value is None else float(value) for value in scores]
     except Exception as error:
         logger.exception("The reward raised an exception")
         message = f"the reward raised {type(error).__name__}: {error}"
@@ -272,7 +292,8 @@ def score(
     return [number if math.isfinite(number) else None for number in numbers]
 
 
-async def wait_for(awaitable: Any) -> Any:
+async def wait_for(awaitable: Awaitable[T]) -> T:
+    """A coroutine for `asyncio.run`, which does not accept every awaitable."""
     return await awaitable
 
 

@@ -1,13 +1,15 @@
-"""The evaluation script: its numbers against scores of pictures that a stock pipeline draws, one by one."""
+"""The evaluation script: its numbers against scores of images that a stock pipeline generates one by one."""
 
 import importlib
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model_state_dict
@@ -16,7 +18,7 @@ from PIL import Image
 from diffusers_mixgrpo import toy
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPTS = toy.prompts("test", 5)
 STEPS = {"num_inference_steps": 4, "height": 64, "width": 64, "max_sequence_length": 12}
 OWN_REWARDS = """
@@ -44,9 +46,10 @@ def script():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A LoRA and a whole transformer, both with random changes that show, saved as the trainer saves them."""
+    """A LoRA and a fully fine-tuned transformer, both with visible random changes, saved as by the trainer."""
     folder = tmp_path_factory.mktemp("trained")
-    pipe, generator = toy.load(), torch.Generator().manual_seed(0)
+    pipe = toy.load()
+    generator = torch.Generator().manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v", "proj_out"])
     pipe.transformer.add_adapter(config)
     for name, parameter in pipe.transformer.named_parameters():
@@ -78,11 +81,14 @@ def evaluate(script, flags: str) -> dict:
     return json.loads(Path("out/evaluation.json").read_text())
 
 
-def draw(pipe: FluxPipeline, first_seed: int = 0, **kwargs) -> list[Image.Image]:
-    """By the stock pipeline, one by one."""
+def generate(pipe: FluxPipeline, first_seed: int = 0, **kwargs) -> list[Image.Image]:
+    """With the stock pipeline, one by one."""
     pipe.set_progress_bar_config(disable=True)
-    seeds = enumerate(PROMPTS, start=first_seed)
-    return [pipe(p, generator=torch.Generator().manual_seed(i), **(STEPS | kwargs)).images[0] for i, p in seeds]
+    images = []
+    for seed, prompt in enumerate(PROMPTS, start=first_seed):
+        generator = torch.Generator().manual_seed(seed)
+        images += pipe(prompt, generator=generator, **(STEPS | kwargs)).images
+    return images
 
 
 def redness(images: list[Image.Image]) -> list[float]:
@@ -90,7 +96,7 @@ def redness(images: list[Image.Image]) -> list[float]:
 
 
 def check(summary: dict, scores: list[float]) -> None:
-    """Batches of another size round otherwise, so that a pixel may differ by 1."""
+    """Batches of another size round differently, so a pixel may differ by 1."""
     assert summary["scores"] == pytest.approx(scores, abs=0.02)
     assert summary["mean"] == pytest.approx(statistics.mean(scores), abs=0.02)
     assert summary["standard_error"] == pytest.approx(statistics.stdev(scores) / len(scores) ** 0.5, abs=0.02)
@@ -99,43 +105,46 @@ def check(summary: dict, scores: list[float]) -> None:
 
 def test_base_and_lora_on_prompts_of_a_file(script, workplace, trained, capsys):
     flags = f"--lora {trained}/lora --compare_base --prompts prompts.txt --batch_size 2 --seed 7"
-    record = evaluate(script, f"{flags} --reward_funcs my_rewards:redness toy_reward")
+    record = evaluate(script, f"{flags} --reward_funcs my_rewards:redness diffusers_mixgrpo.toy:toy_reward")
     pipe = FluxPipeline.from_pretrained(toy.path())
-    base = draw(pipe, 7)
+    base = generate(pipe, 7)
     pipe.load_lora_weights(trained / "lora")
-    lora = draw(pipe, 7)
+    lora = generate(pipe, 7)
     changes = [b - a for a, b in zip(redness(base), redness(lora), strict=True)]
-    assert statistics.mean(map(abs, changes)) > 1  # else the comparison would show nothing
+    assert statistics.mean(map(abs, changes)) > 1  # otherwise the comparison would show nothing
     results = record["results"]
     check(results["base"]["redness"], redness(base))
     check(results["trained"]["redness"], redness(lora))
     check(results["difference"]["redness"], changes)
     check(results["trained"]["toy_reward"], toy.toy_reward(PROMPTS, lora))
-    assert record["prompts"] == PROMPTS and record["settings"]["guidance_scale"] == 3.5
+    assert record["prompts"] == PROMPTS
+    assert record["settings"]["guidance_scale"] == 3.5
 
     table = Path("out/evaluation.md").read_text()
     assert table in capsys.readouterr().out
     mean, error = (results["difference"]["redness"][key] for key in ("mean", "standard_error"))
     assert f"| redness | difference | {mean:.4f} | {error:.4f} | 5 | 0 |" in table
     grid = np.asarray(Image.open("out/grid.png").convert("RGB"), dtype=float)
-    assert grid.shape[1] == 8 * 208  # five pairs in rows of eight pictures
-    for column, picture in enumerate((base[0], lora[0])):
+    assert grid.shape[1] == 8 * 208  # five pairs in rows of eight images
+    for column, image in enumerate((base[0], lora[0])):
         shown = grid[4:204, 208 * column + 4 : 208 * column + 204]
-        expected = np.asarray(picture.resize((200, 200), Image.Resampling.LANCZOS), dtype=float)
+        expected = np.asarray(image.resize((200, 200), Image.Resampling.LANCZOS), dtype=float)
         assert np.abs(shown - expected).max() < 5
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_hybrid_inference(script, workplace, trained, kind):
-    """Nothing but the base model at ratio 0, nothing of it at ratio 1, and at a half two steps of each."""
+    """Only the base model at ratio 0, only the trained model at ratio 1, and two steps of each at ratio 0.5."""
     flag = f"--lora {trained}/lora" if kind == "lora" else f"--transformer {trained}/full"
     flags = f"{flag} --prompts prompts.txt --num_prompts 2 --reward_funcs my_rewards:redness"
-    zero, half = (evaluate(script, f"{flags} --compare_base --cutoff_step_ratio {r}")["results"] for r in (0, 0.5))
+    zero = evaluate(script, f"{flags} --compare_base --cutoff_step_ratio 0")["results"]
+    half = evaluate(script, f"{flags} --compare_base --cutoff_step_ratio 0.5")["results"]
     assert zero["trained"] == zero["base"] == half["base"]
     assert zero["difference"]["redness"]["scores"] == [0, 0]
     one = evaluate(script, f"{flags} --cutoff_step_ratio 1")["results"]
     plain = evaluate(script, flags)["results"]
-    assert one == plain and set(plain) == {"trained"}
+    assert one == plain
+    assert set(plain) == {"trained"}
     assert len({each["redness"]["mean"] for each in (zero["base"], half["trained"], plain["trained"])}) == 3
 
 
@@ -146,11 +155,11 @@ def test_all_weights_and_a_shift(script, workplace, trained):
     pipe.transformer = FluxTransformer2DModel.from_pretrained(trained / "full" / "transformer")
     changes = {"shift": 2.0, "use_dynamic_shifting": False}
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
-    check(record["results"]["trained"]["redness"], redness(draw(pipe)))
+    check(record["results"]["trained"]["redness"], redness(generate(pipe)))
 
 
 def test_columns_and_failures(script, workplace, monkeypatch, caplog):
-    """Other columns reach the rewards, asynchronous ones too; what could not be scored is missing, with the reason."""
+    """All columns reach the rewards, also the async ones; missing scores are counted, and the error is shown."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workplace / "cache")
     texts = ["a small red circle at the top on gray", "two green crosses in a row on white", "a large blue square"]
     rows = [{"prompt": text, "factor": i + 1} for i, text in enumerate(texts)]
@@ -161,11 +170,12 @@ def test_columns_and_failures(script, workplace, monkeypatch, caplog):
     assert results["lookup"]["scores"] == [len(text) * (i + 1) for i, text in enumerate(texts)]
     assert all(-4 < score < -0.5 for score in results["jpeg_compressibility"]["scores"])
     table = Path("out/evaluation.md").read_text()
-    assert "| moody | base | 35.0000 | - | 1 | 2 |" in table and "no circles" in table
+    assert "| moody | base | 35.0000 | - | 1 | 2 |" in table
+    assert "no circles" in table
 
 
 def test_the_benchmark_prompts(script, workplace, monkeypatch):
-    """As the Hub's own cache holds them; the first ones are of all styles."""
+    """Read from the Hub's cache; the first prompts are of all styles."""
     folder = workplace / "hub" / "datasets--zhwang--HPDv2"
     for style in ("anime", "concept-art", "paintings", "photo"):
         file = folder / "snapshots" / "0123" / "benchmark" / f"{style}.json"
@@ -183,9 +193,18 @@ def test_the_benchmark_prompts(script, workplace, monkeypatch):
 
 def test_the_toy_is_the_default(script, workplace):
     record = evaluate(script, "--num_prompts 2")
+    configuration = yaml.safe_load((EXAMPLES / "configs" / "toy.yaml").read_text())
     assert record["prompts"] == toy.prompts("test")[:2]
-    assert list(record["results"]["base"]) == ["toy_reward", "wholly_right", "extra_objects"]
-    assert record["settings"]["height"] == 64 and record["settings"]["max_sequence_length"] == 12
+    assert list(record["results"]["base"]) == [name.split(":")[1] for name in configuration["reward_funcs"]]
+    assert record["settings"]["height"] == 64
+    assert record["settings"]["max_sequence_length"] == 12
+
+
+def test_the_toy_configuration_needs_yaml(script, workplace, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ImportError, match=r'pip install "diffusers-mixgrpo\[demo\]"'):
+        script.EvaluationArguments()
+    script.EvaluationArguments(pretrained_model_name_or_path="own", prompts="prompts.txt")
 
 
 @pytest.mark.parametrize(
@@ -196,17 +215,21 @@ def test_the_toy_is_the_default(script, workplace):
         ("--transformer ./gone", "`transformer`='./gone'"),
         ("--prompts gone.txt", "`prompts`='gone.txt'.*No such file"),
         ("--prompts nobody/nothing", "`prompts`='nobody/nothing'"),
-        ("--prompts titles.jsonl", "`prompts`='titles.jsonl'.*no column 'prompt', but title"),
-        ("--prompts prompts.txt --num_prompts 6", "`num_prompts` must be from 1 to 5.*got 6"),
-        ("--pretrained_model_name_or_path ./gone --prompts prompts.txt --reward_funcs toy_reward", "_path`='./gone'"),
-        ("--pretrained_model_name_or_path ./gone", "`prompts` is needed"),
-        ("--pretrained_model_name_or_path ./gone --prompts prompts.txt", "`reward_funcs` is empty"),
+        ("--prompts titles.jsonl", "`prompts`='titles.jsonl'.*must have a column 'prompt', got title"),
+        ("--prompts prompts.txt --num_prompts 6", "`num_prompts` must be in \\[1, 5\\].*got 6"),
+        (
+            "--pretrained_model_name_or_path ./gone --prompts prompts.txt --reward_funcs jpeg_compressibility",
+            "_path`='./gone'",
+        ),
+        ("--pretrained_model_name_or_path ./gone", "`prompts` must be a file, a dataset or hpdv2.*got None"),
+        ("--pretrained_model_name_or_path ./gone --prompts prompts.txt", "`reward_funcs`"),
         ("--reward_funcs my_rewards:gone", "my_rewards:gone"),
         ("--reward_init_kwargs {hpsv2}", "`reward_init_kwargs`='{hpsv2}'"),
-        ('--reward_init_kwargs {"hpsv2":{}}', "there is no hpsv2 in `reward_funcs`"),
-        ("--compare_base", "`compare_base`.*need what was trained"),
-        ("--cutoff_step_ratio 0.8", "`cutoff_step_ratio`.*need what was trained"),
-        ("--lora lora --transformer full", "`lora` and `transformer` exclude each other"),
+        ('--reward_init_kwargs {"hpsv2":{}}', "must be in `reward_funcs`.*got hpsv2"),
+        ("--compare_base", "`compare_base` must be False.*got True. Set `lora` or `transformer`"),
+        ("--cutoff_step_ratio 0.8", "`cutoff_step_ratio` must be unset.*got 0.8. Set `lora` or `transformer`"),
+        ("--lora lora --cutoff_step_ratio 1.2", r"`cutoff_step_ratio` must be in \[0, 1\], got 1.2"),
+        ("--lora lora --transformer full", "`lora` and `transformer` must not both be set"),
     ],
 )
 def test_mistakes_are_named(script, workplace, monkeypatch, flags, said):
@@ -218,7 +241,7 @@ def test_mistakes_are_named(script, workplace, monkeypatch, flags, said):
 
 
 def test_a_lora_of_something_else_is_refused(script, workplace):
-    """Else the base model's scores would go by the LoRA's name."""
+    """Otherwise the scores of the base model would be reported as the LoRA's."""
     pipe = toy.load()
     pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     pipe.save_lora_weights("text", text_encoder_lora_layers=get_peft_model_state_dict(pipe.text_encoder))

@@ -4,6 +4,7 @@ import base64
 import http.client
 import io
 import json
+import logging
 import os
 import re
 import socket
@@ -19,15 +20,15 @@ import pytest
 from PIL import Image
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
 
 import serve_rewards  # noqa: E402
 
 
-def png(colour="red", size=(4, 3), kind="PNG"):
+def png(color="red", size=(4, 3), kind="PNG"):
     buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, kind)
+    Image.new("RGB", size, color).save(buffer, kind)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -68,7 +69,7 @@ def connect(start):
     connections = []
 
     def connect(port):
-        connections.append(http.client.HTTPConnection("127.0.0.1", port, timeout=30))
+        connections.append(http.client.HTTPConnection("127.0.0.1", port, timeout=60))
         return connections[-1]
 
     yield connect
@@ -114,15 +115,15 @@ WRONG = [
     ({"prompts": ["a"]}, "images", "must be a list of 1 images"),
     (batch(images=[]), "images", "must be a list of 1 images"),
     (batch(2, images=[png(), None]), "images[1]", "it is a NoneType"),
-    (batch(2, images=[png(), "ä"]), "images[1]", "is not a PNG, JPEG or WebP picture in base64"),
-    (batch(images=["!!!!"]), "images[0]", "is not a PNG, JPEG or WebP picture in base64"),
-    (batch(images=[base64.b64encode(b"hello").decode()]), "images[0]", "is not a PNG, JPEG or WebP"),
-    (batch(images=[png(size=(300, 300))[:200]]), "images[0]", "is not a PNG, JPEG or WebP"),
-    (batch(images=[png(kind="GIF")]), "images[0]", "is not a PNG, JPEG or WebP"),
+    (batch(2, images=[png(), "ä"]), "images[1]", "must be a PNG, JPEG or WebP image in base64"),
+    (batch(images=["!!!!"]), "images[0]", "must be a PNG, JPEG or WebP image in base64"),
+    (batch(images=[base64.b64encode(b"hello").decode()]), "images[0]", "must be a PNG, JPEG or WebP"),
+    (batch(images=[png(size=(300, 300))[:200]]), "images[0]", "must be a PNG, JPEG or WebP"),
+    (batch(images=[png(kind="GIF")]), "images[0]", "must be a PNG, JPEG or WebP"),
     (batch(columns=[]), "columns", "must be an object of lists"),
     (batch(columns={"answer": 3}), "columns.answer", "must be a list of 1 values"),
     (batch(columns={"answer": [1, 2]}), "columns.answer", "must be a list of 1 values"),
-    (batch(columns={"images": [1]}), "columns.images", "a name that rewards use themselves"),
+    (batch(columns={"images": [1]}), "columns.images", "is a reserved name"),
 ]
 
 
@@ -132,12 +133,12 @@ def test_wrong_requests(start, connect):
         status, answer = ask(connection, "POST", "/redness", body)
         assert status == 400 and answer["error"]["field"] == field, body
         assert message in answer["error"]["message"] and (field or "") in answer["error"]["message"]
-    # All over one connection, which is still good.
+    # All requests used one connection, which still works.
     assert ask(connection, "POST", "/redness", batch()) == (200, {"scores": [1.0]})
 
 
-def test_a_bomb_of_a_picture(start, connect):
-    # Its header says 400 million pixels: refused before any of it is unpacked.
+def test_a_decompression_bomb(start, connect):
+    # Its header announces 400 million pixels, so it is refused before it is decompressed.
     small = base64.b64decode(png())
     header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + small[24:29]
     content = small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
@@ -176,7 +177,7 @@ def test_the_key(start, connect):
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}, {"Authorization": "ü"}):
         status, answer = ask(connection, "POST", "/redness", batch(), **headers)
         assert status == 401 and "secret" not in str(answer)
-    assert ask(connection, "POST", "/greenness", batch())[0] == 401  # names are not for everyone
+    assert ask(connection, "POST", "/greenness", batch())[0] == 401  # names are not revealed without the key
     assert ask(connection, "POST", "/redness", batch(), Authorization="Bearer secret") == (200, {"scores": [1.0]})
     assert ask(connection, "GET", "/health")[0] == 200
 
@@ -184,15 +185,15 @@ def test_the_key(start, connect):
 def test_limit_on_requests(start, connect):
     port = start({"redness": redness}, max_bytes=1000)
     connection = connect(port)
-    for _ in range(2):  # within reason the rest is read, and the connection goes on
+    for _ in range(2):  # the rest of a moderate request is read, so the connection stays open
         status, answer = ask(connection, "POST", "/redness", b"x" * 3000)
-        assert status == 413 and "3000 bytes, more than the limit of 1000" in answer["error"]["message"]
+        assert status == 413 and "must have at most 1000 bytes, got 3000" in answer["error"]["message"]
     assert ask(connection, "POST", "/redness", batch()) == (200, {"scores": [1.0]})
 
 
 def raw(port, request):
-    """What comes back for some bytes, until the server closes."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+    """The answer to a raw request, until the server closes the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(request)
         return b"".join(iter(lambda: connection.recv(4096), b""))
 
@@ -211,22 +212,31 @@ def test_lengths_that_are_none(start, connect):
     assert ask(connect(port), "GET", "/health")[0] == 200
 
 
-def test_a_client_that_goes_away(start, connect, capfd):
+def test_a_client_that_disconnects(start, connect, capfd, caplog):
+    caplog.set_level(logging.INFO, logger="serve_rewards")
     port = start({"redness": redness})
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(b"POST /redness HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nabc")
     assert ask(connect(port), "POST", "/redness", batch()) == (200, {"scores": [1.0]})
-    time.sleep(0.1)
-    assert "Traceback" not in capfd.readouterr().err
+    deadline = time.monotonic() + 60
+    while "disconnected: 3 of 100 bytes arrived" not in caplog.text:
+        assert time.monotonic() < deadline, caplog.text
+        time.sleep(0.01)
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
 
 
 def test_one_batch_at_a_time(start, connect):
-    busy, most = [], []
+    busy = []
+    counts = []
+    entered = threading.Event()
+    release = threading.Event()
 
     def reward(prompts, images):
         busy.append(1)
-        most.append(len(busy))
-        time.sleep(0.05)
+        counts.append(len(busy))
+        entered.set()
+        assert release.wait(60)
+        time.sleep(0.02)
         busy.pop()
         return [1.0]
 
@@ -234,12 +244,13 @@ def test_one_batch_at_a_time(start, connect):
     threads = [threading.Thread(target=ask, args=(connect(port), "POST", f"/{name}", batch())) for name in "abab"]
     for thread in threads:
         thread.start()
-    while len(most) < 4:
-        assert ask(connect(port), "GET", "/health")[0] == 200  # answered meanwhile
-        time.sleep(0.01)
+    assert entered.wait(60)
+    for _ in range(3):
+        assert ask(connect(port), "GET", "/health")[0] == 200  # answered while a reward is busy
+    release.set()
     for thread in threads:
         thread.join()
-    assert most == [1, 1, 1, 1]
+    assert counts == [1, 1, 1, 1]
 
 
 def test_two_rewards_of_one_name(tmp_path, monkeypatch):
@@ -247,7 +258,7 @@ def test_two_rewards_of_one_name(tmp_path, monkeypatch):
     (tmp_path / "serve_b.py").write_text("from serve_a import one\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert list(serve_rewards.load_rewards(["serve_a:one"], "cpu")) == ["one"]
-    with pytest.raises(ValueError, match="two rewards are called 'one'"):
+    with pytest.raises(ValueError, match="`reward_funcs` must have distinct names, got 'one' twice"):
         serve_rewards.load_rewards(["serve_a:one", "serve_b:one"], "cpu")
 
 
@@ -286,7 +297,7 @@ def test_the_command(tmp_path, connect):
         lines = []
         for line in process.stderr:
             lines.append(line)
-            if found := re.search(r"Serving redness at http://127\.0\.0\.1:(\d+), for those with the key", line):
+            if found := re.search(r"Serving redness at http://127\.0\.0\.1:(\d+), API key required", line):
                 break
         assert found, "".join(lines)
         connection = connect(int(found[1]))
@@ -298,7 +309,7 @@ def test_the_command(tmp_path, connect):
     assert "secret" not in "".join(lines) + rest
 
 
-def test_a_key_that_is_not_there(monkeypatch):
+def test_a_key_that_is_not_set(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["serve_rewards.py", "--reward_funcs", "a:b", "--api_key_env", "NO_SUCH_KEY"])
-    with pytest.raises(ValueError, match="the environment variable NO_SUCH_KEY is not set"):
+    with pytest.raises(ValueError, match="`api_key_env` must name .*got 'NO_SUCH_KEY', which is not set"):
         serve_rewards.main()

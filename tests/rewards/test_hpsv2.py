@@ -1,4 +1,4 @@
-"""HPSv2 against its model written a second time, from the weights of the original layout, and against the package."""
+"""HPSv2 against an independent implementation of the model on weights in the original layout, and the package."""
 
 import gzip
 import math
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from toy_clip import CONTEXT, MEAN, PROMPTS, SIZE, STD, VOCABULARY, pictures, save_tokenizer, token_ids
+from toy_clip import CONTEXT, MEAN, PROMPTS, SIZE, STD, VOCABULARY, make_images, save_tokenizer, token_ids
 from transformers import AutoTokenizer, CLIPTokenizer
 
 from diffusers_mixgrpo.rewards.hpsv2 import HPSv2Reward, clean
@@ -52,7 +52,7 @@ def original_weights(seed=0) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def original_score(weights, text: str, image: Image.Image) -> float:
-    """One score, straight from the original's weights."""
+    """One score, computed directly from the original's weights."""
 
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-5)
@@ -125,13 +125,13 @@ def reward(folder):
 
 
 def test_scores_are_the_originals(reward, weights):
-    scores = reward(WORDS, pictures())
-    expected = [original_score(weights, text, image) for text, image in zip(WORDS, pictures(), strict=True)]
+    scores = reward(WORDS, make_images())
+    expected = [original_score(weights, text, image) for text, image in zip(WORDS, make_images(), strict=True)]
     assert np.std(expected) > 0.05
     assert scores == pytest.approx(expected, abs=1e-5)
 
 
-def test_nothing_of_a_wide_picture_is_cropped(reward):
+def test_nothing_of_a_wide_image_is_cropped(reward):
     image = Image.new("RGB", (96, 32), "white")
     edited = image.copy()
     edited.paste("red", (0, 0, 8, 32))
@@ -141,8 +141,8 @@ def test_nothing_of_a_wide_picture_is_cropped(reward):
 
 @pytest.mark.parametrize("batch_size", [1, 4, 8])
 def test_batches_do_not_matter(folder, reward, batch_size):
-    scores = build(folder, batch_size=batch_size)(PROMPTS, pictures())
-    assert scores == pytest.approx(reward(PROMPTS, pictures()), abs=1e-6)
+    scores = build(folder, batch_size=batch_size)(PROMPTS, make_images())
+    assert scores == pytest.approx(reward(PROMPTS, make_images()), abs=1e-5)
     assert all(-1 <= score <= 1 for score in scores)
     assert reward([], []) == []
 
@@ -150,11 +150,11 @@ def test_batches_do_not_matter(folder, reward, batch_size):
 def test_bfloat16_is_near(folder, reward):
     half = build(folder, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
-    assert half(PROMPTS, pictures()) == pytest.approx(reward(PROMPTS, pictures()), abs=0.05)
+    assert half(PROMPTS, make_images()) == pytest.approx(reward(PROMPTS, make_images()), abs=0.05)
 
 
 def test_other_files_hold_the_same(folder, reward, weights, tmp_path):
-    expected = reward(WORDS, pictures())
+    expected = reward(WORDS, make_images())
     prefixed = {f"module.{name}": weight for name, weight in weights.items()}
     torch.save({"state_dict": prefixed}, tmp_path / "HPS_v2_compressed.pt")
     torch.save(weights, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
@@ -164,21 +164,21 @@ def test_other_files_hold_the_same(folder, reward, weights, tmp_path):
         {"model": str(tmp_path / "old.pt")},
         {"model": str(tmp_path / "hps.safetensors")},
     ):
-        assert build(folder, **arguments)(WORDS, pictures()) == expected
+        assert build(folder, **arguments)(WORDS, make_images()) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_picture_that_cannot_be_read_has_no_score(reward, tmp_path):
-    whole = pictures()[0]
+def test_an_unreadable_image_has_no_score(reward, tmp_path):
+    whole = make_images()[0]
     whole.save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     images = [None, whole, Image.open(tmp_path / "cut.png"), whole]
     scores = reward(["sea", "a", "b", "a red cat"], images, answer=[1, 2, 3, 4])
     assert scores[0] is None and scores[2] is None
-    assert scores[1::2] == reward(["a", "a red cat"], [whole, whole])
+    assert scores[1::2] == pytest.approx(reward(["a", "a red cat"], [whole, whole]), abs=1e-5)
     assert reward(["sea"], [None]) == [None]
 
 
-def test_a_trainers_side_of_it(reward):
+def test_interface_of_the_trainer(reward):
     assert reward.__name__ == "hpsv2"
     assert reward.to("cpu") is reward and reward.device == torch.device("cpu")
     assert not reward.model.training and not any(p.requires_grad for p in reward.model.parameters())
@@ -189,19 +189,22 @@ def test_wrong_arguments(folder, reward, weights, tmp_path):
         build(folder, version="v3")
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
         build(folder, batch_size=0)
-    with pytest.raises(OSError, match="(?s)`model='/no/such/HPS.pt'` could not be loaded.*existing local file"):
+    with pytest.raises(OSError, match="(?s)`model`='/no/such/HPS.pt' could not be loaded.*existing local file"):
         build(folder, model="/no/such/HPS.pt")
-    with pytest.raises(OSError, match="(?s)`model='.*'` could not be loaded.*HPS_v2_compressed.pt"):
+    with pytest.raises(OSError, match="(?s)`model`='.*' could not be loaded.*HPS_v2_compressed.pt"):
         build(folder, version="v2.0")
-    with pytest.raises(OSError, match="(?s)`tokenizer='/no/such'` could not be loaded.*existing local"):
+    with pytest.raises(OSError, match="(?s)`tokenizer`='/no/such' could not be loaded.*existing local"):
         build(folder, tokenizer="/no/such")
-    with pytest.raises(ValueError, match="One prompt per image is needed, got 1 prompts and 2 images"):
-        reward(["a"], pictures()[:2])
+    with pytest.raises(ValueError, match="must have the same length, got 1 prompts and 2 images"):
+        reward(["a"], make_images()[:2])
 
 
 def test_files_that_hold_something_else(folder, weights, tmp_path):
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="holds no CLIP ViT in open_clip's layout.*HPS_v2.1_compressed.pt"):
+    with pytest.raises(
+        ValueError,
+        match="`model` must be a checkpoint of a CLIP ViT .*got .*HPS_v2.1_compressed.pt",
+    ):
         build(folder, model=str(tmp_path / "other.pt"))
     for changed in ({"visual.ln_pre.weight": None}, {"score_predictor.weight": torch.zeros(1)}):
         kept = {name: weight for name, weight in (weights | changed).items() if weight is not None}
@@ -293,7 +296,7 @@ def test_scores_are_those_of_the_package(real_tokenizer, tmp_path):
     rng = np.random.default_rng(0)
     shapes = [(224, 224), (512, 512), (1024, 768), (333, 500), (61, 90), (224, 100), (1000, 30)]
     images = [Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
-    images[5] = images[5].resize((100, 225))  # the package does not pad what is 224 long, and then fails
+    images[5] = images[5].resize((100, 225))  # the package does not pad an image of 224 pixels, and then fails
     images = [*images, images[1].convert("L")] * 2
     prompts = HARD_PROMPTS + ["a cat", "a dog"]
     expected = [

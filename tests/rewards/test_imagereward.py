@@ -85,7 +85,7 @@ def attend(q, k, v):
 
 
 def reference(state, ids, pixels):
-    """The score of one prompt without padding, and one picture, straight from the checkpoint's tensors."""
+    """The score of one image and one prompt without padding, computed directly from the checkpoint's tensors."""
 
     def dense(name, x):
         return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
@@ -104,7 +104,7 @@ def reference(state, ids, pixels):
         x = x + dense(f"{block}.attn.proj", attend(*qkv.chunk(3, dim=-1)))
         hidden = F.gelu(dense(f"{block}.mlp.fc1", layer_norm(f"{block}.norm2", x, 1e-6)))
         x = x + dense(f"{block}.mlp.fc2", hidden)
-    picture = layer_norm(f"{root}.norm", x, 1e-6)
+    patches = layer_norm(f"{root}.norm", x, 1e-6)
 
     root = "blip.text_encoder"
     embedded = state[f"{root}.embeddings.word_embeddings.weight"][ids]
@@ -112,7 +112,7 @@ def reference(state, ids, pixels):
     x = layer_norm(f"{root}.embeddings.LayerNorm", embedded, 1e-12)
     for i in range(LAYERS):
         layer = f"{root}.encoder.layer.{i}"
-        for part, source in (("attention", None), ("crossattention", picture)):
+        for part, source in (("attention", None), ("crossattention", patches)):
             keys = x if source is None else source
             name = f"{layer}.{part}.self"
             mixed = attend(dense(f"{name}.query", x), dense(f"{name}.key", keys), dense(f"{name}.value", keys))
@@ -125,7 +125,7 @@ def reference(state, ids, pixels):
     return (x.item() - 0.16717362830052426) / 1.0333394966054072
 
 
-def make_picture(seed, width=70, height=50):
+def make_image(seed, width=70, height=50):
     noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -149,12 +149,12 @@ def reward(folder):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     sizes = [(70, 50), (SIZE, SIZE), (31, 90), (200, 64), (64, 64)]
-    return [make_picture(i, *size) for i, size in enumerate(sizes)]
+    return [make_image(i, *size) for i, size in enumerate(sizes)]
 
 
-# What the prompts are made of, worked out by hand: words in lower case without accents, [UNK], at most 35 in all.
+# Token ids of the prompts, worked out by hand: lower case without accents, [UNK], and at most 35 tokens.
 IDS = [
     [2, 5, 6, 8, 3],
     [2, 3],
@@ -164,64 +164,64 @@ IDS = [
 ]
 
 
-def test_agrees_with_the_checkpoint_read_by_hand(state, reward, pictures):
-    """All prompts in one batch, so with padding, against each alone and without."""
-    expected = [reference(state, ids, to_pixels(picture, SIZE)) for ids, picture in zip(IDS, pictures, strict=True)]
-    scores = reward(PROMPTS, pictures, difficulty=[1] * 5)
-    assert np.std(expected) > 0.05  # prompts and pictures matter, or agreement would mean little
+def test_agrees_with_the_checkpoint_read_by_hand(state, reward, images):
+    """All prompts in one batch, and therefore padded, against each prompt alone without padding."""
+    expected = [reference(state, ids, to_pixels(image, SIZE)) for ids, image in zip(IDS, images, strict=True)]
+    scores = reward(PROMPTS, images, difficulty=[1] * 5)
+    assert np.std(expected) > 0.05  # else agreement would mean little
     np.testing.assert_allclose(scores, expected, atol=2e-5)
     assert all(isinstance(score, float) for score in scores)
     assert reward.__name__ == "imagereward"
 
 
-def test_the_prompt_and_the_picture_both_matter(reward, pictures):
-    first, other_picture, other_prompt = reward(["a red cube", "a red cube", "ice"], pictures[:2] + pictures[:1])
-    assert abs(first - other_picture) > 1e-3 and abs(first - other_prompt) > 1e-3
+def test_the_prompt_and_the_image_both_matter(reward, images):
+    first, other_image, other_prompt = reward(["a red cube", "a red cube", "ice"], images[:2] + images[:1])
+    assert abs(first - other_image) > 1e-3 and abs(first - other_prompt) > 1e-3
 
 
-def test_tokens_beyond_the_last_do_not_count(reward, pictures):
+def test_tokens_beyond_the_last_do_not_count(reward, images):
     long = "red cubes of blue ice, " * 20
-    assert reward([long], pictures[:1]) == reward([long + "a a a"], pictures[:1])
+    assert reward([long], images[:1]) == pytest.approx(reward([long + "a a a"], images[:1]), abs=1e-5)
 
 
-def test_batches(reward, pictures):
-    whole = reward(PROMPTS, pictures)
+def test_batches(reward, images):
+    whole = reward(PROMPTS, images)
     reward.batch_size = 2
     try:
-        np.testing.assert_allclose(reward(PROMPTS, pictures), whole, atol=1e-5)
+        np.testing.assert_allclose(reward(PROMPTS, images), whole, atol=1e-5)
         assert reward([], []) == []
     finally:
         reward.batch_size = 32
 
 
-def test_bfloat16(folder, reward, pictures):
+def test_bfloat16(folder, reward, images):
     half = ImageReward(str(folder), tokenizer=str(folder / "tokenizer"), dtype=torch.bfloat16)
     assert {p.dtype for p in half.model.text.parameters()} == {torch.bfloat16}
-    whole = reward(PROMPTS, pictures)
-    np.testing.assert_allclose(half(PROMPTS, pictures), whole, atol=0.05 * np.std(whole) + 0.05)
+    whole = reward(PROMPTS, images)
+    np.testing.assert_allclose(half(PROMPTS, images), whole, atol=0.05 * np.std(whole) + 0.05)
 
 
-def test_other_modes_and_broken_files(reward, pictures):
+def test_other_modes_and_broken_files(reward, images):
     file = io.BytesIO()
-    pictures[0].save(file, "PNG")
+    images[0].save(file, "PNG")
     broken = Image.open(io.BytesIO(file.getvalue()[: file.tell() // 2]))
-    grey = pictures[1].convert("L")
-    scores = reward(["a"] * 4, [grey, broken, grey.convert("RGB"), pictures[0].convert("RGBA")])
+    gray = images[1].convert("L")
+    scores = reward(["a"] * 4, [gray, broken, gray.convert("RGB"), images[0].convert("RGBA")])
     assert scores[1] is None
     assert scores[0] == pytest.approx(scores[2], abs=1e-5)
-    assert scores[3] == pytest.approx(reward(["a"], pictures[:1])[0], abs=1e-5)
+    assert scores[3] == pytest.approx(reward(["a"], images[:1])[0], abs=1e-5)
 
 
 @pytest.mark.parametrize(("size", "scaled"), [((100, 75), (64, 48)), ((75, 130), (48, 83)), ((31, 30), (49, 48))])
 def test_pixels(size, scaled):
-    """Against torch's bicubic filter, which is Pillow's but for rounding; then the middle square, normalised."""
-    picture = make_picture(0, *size)
-    values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
+    """Against torch's bicubic filter, which differs from Pillow's in rounding, then the center square, normalized."""
+    image = make_image(0, *size)
+    values = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
     values = F.interpolate(values, size=scaled[::-1], mode="bicubic", antialias=True, align_corners=False)
     left, top = round((scaled[0] - 48) / 2), round((scaled[1] - 48) / 2)
     expected = values[0, :, top : top + 48, left : left + 48].round().clamp(0, 255) / 255
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    pixels = to_pixels(picture, 48)
+    pixels = to_pixels(image, 48)
     assert pixels.shape == (3, 48, 48)
     for channel in range(3):
         difference = pixels[channel] * std[channel] + mean[channel] - expected[channel]
@@ -229,35 +229,35 @@ def test_pixels(size, scaled):
         assert difference.abs().mean() < 0.5 / 255
 
 
-def test_a_file_of_safetensors(tmp_path, folder, state, reward, pictures):
+def test_a_file_of_safetensors(tmp_path, folder, state, reward, images):
     file = tmp_path / "weights.safetensors"
     save_file(state, file)
     loaded = ImageReward(str(file), tokenizer=str(folder / "tokenizer"), batch_size=3)
     assert loaded.to("cpu") is loaded
-    assert loaded(["a cube"], pictures[:1]) == reward(["a cube"], pictures[:1])
+    assert loaded(["a cube"], images[:1]) == pytest.approx(reward(["a cube"], images[:1]), abs=1e-5)
 
 
-def test_errors(tmp_path, folder, state, reward, pictures):
+def test_errors(tmp_path, folder, state, reward, images):
     tokenizer = str(folder / "tokenizer")
-    with pytest.raises(OSError, match="`model='/nowhere/at/all'` could not be loaded"):
+    with pytest.raises(OSError, match="`model`='/nowhere/at/all' could not be loaded"):
         ImageReward("/nowhere/at/all", tokenizer=tokenizer)
-    with pytest.raises(OSError, match="`tokenizer='/nowhere'` could not be loaded"):
+    with pytest.raises(OSError, match="`tokenizer`='/nowhere' could not be loaded"):
         ImageReward(str(folder), tokenizer="/nowhere")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="`model=.*other.pt'` is not a checkpoint of ImageReward"):
+    with pytest.raises(ValueError, match="`model` must be a checkpoint of ImageReward .*got .*other.pt'"):
         ImageReward(str(tmp_path / "other.pt"), tokenizer=tokenizer)
     torch.save({name: x for name, x in state.items() if "layer.1.crossattention" not in name}, tmp_path / "less.pt")
     with pytest.raises(RuntimeError, match="Missing key.*layer.1.crossattention.self.query.weight"):
         ImageReward(str(tmp_path / "less.pt"), tokenizer=tokenizer)
     words = {word: i for i, word in enumerate([*WORDS, "more"])}
     BertTokenizer(vocab=words).save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match="has 17 tokens, but .* knows 16. Pass the tokenizer"):
+    with pytest.raises(ValueError, match="at most the 16 tokens of .*with 17. Pass the tokenizer"):
         ImageReward(str(folder), tokenizer=str(tmp_path / "tokenizer"))
     with pytest.raises(ValueError, match="2 prompts and 1 images"):
-        reward(["a", "a"], pictures[:1])
+        reward(["a", "a"], images[:1])
 
 
-# Run by the interpreter that has the original: its own classes, with a smaller picture encoder and head.
+# Runs in the environment of the original package: its own classes with a smaller image encoder and head.
 ORIGINAL = """
 import json, sys
 import torch
@@ -283,7 +283,7 @@ with torch.no_grad():
 
 
 @pytest.mark.skipif("IMAGEREWARD_PYTHON" not in os.environ, reason="IMAGEREWARD_PYTHON names no interpreter")
-def test_agrees_with_the_original(tmp_path, folder, state, reward, pictures):
+def test_agrees_with_the_original(tmp_path, folder, state, reward, images):
     torch.save(state, tmp_path / "ImageReward.pt")
     (tmp_path / "bert-base-uncased").mkdir()
     (tmp_path / "bert-base-uncased" / "vocab.txt").write_text("\n".join(WORDS))
@@ -298,13 +298,13 @@ def test_agrees_with_the_original(tmp_path, folder, state, reward, pictures):
         "add_cross_attention": True,
     }
     (tmp_path / "med_config.json").write_text(json.dumps(config))
-    for i, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{i}.png")
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
     arguments = json.dumps([str(tmp_path), VISION, TEXT, LAYERS, SIZE, PROMPTS])
     command = [os.environ["IMAGEREWARD_PYTHON"], "-W", "ignore", "-c", ORIGINAL, arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     expected = json.loads(done.stdout.splitlines()[-1])
-    scores = reward(PROMPTS, pictures)
+    scores = reward(PROMPTS, images)
     print("largest difference", np.abs(np.subtract(scores, expected)).max(), file=sys.stderr)
     np.testing.assert_allclose(scores, expected, atol=2e-5)

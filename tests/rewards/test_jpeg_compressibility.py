@@ -16,7 +16,7 @@ def test_it_is_minus_the_size_of_the_file(tmp_path):
         image.convert("RGB").save(tmp_path / "image.jpg", quality=95)
         assert score == -(tmp_path / "image.jpg").stat().st_size / 1000
     noise, plain = scores[1], scores[3]
-    assert -12 < noise < -4 and -1 < plain < 0  # 64 x 64 pixels: of 12 kB, noise keeps most and one colour none
+    assert -12 < noise < -4 and -1 < plain < 0  # 64 x 64 pixels: of 12 kB, noise keeps most and a single color none
     assert jpeg_compressibility.__name__ == "jpeg_compressibility"
     assert jpeg_compressibility([], []) == []
 
@@ -27,7 +27,7 @@ def test_other_modes(mode):
     assert -1 < score < 0
 
 
-def test_a_picture_that_cannot_be_read_has_no_score(tmp_path):
+def test_an_unreadable_image_has_no_score(tmp_path):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])

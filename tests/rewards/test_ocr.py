@@ -1,4 +1,4 @@
-"""OCR: quoted words of prompts, their likeness to others, and real text in real pictures."""
+"""OCR: quoted words in prompts, text similarity, and real text in images."""
 
 import functools
 import io
@@ -52,7 +52,7 @@ def test_edit_distance_known(text, other, distance):
 @given(st.text("ab", max_size=6), st.text("abc", max_size=6))
 @settings(max_examples=60, deadline=None)
 def test_edit_distance_by_its_definition(text, other):
-    """The recursion over last letters, from which the rows are a shortcut."""
+    """Against the recursion over the last letters."""
 
     @functools.cache
     def distance(i, j):
@@ -72,7 +72,7 @@ def test_similarity():
     assert similarity("open", "") == 0
     assert similarity("open", "xyzw") == 0
     assert similarity("open", "opal") == 0.5
-    assert similarity("open open", "open") == 0.5  # what was not asked for costs
+    assert similarity("open open", "open") == 0.5  # extra text lowers the score
     assert similarity("", "") == 1
 
 
@@ -85,7 +85,7 @@ def box(x, y, width=40, height=20, angle=0.0):
 
 @pytest.mark.parametrize("angle", [-25, 0, 25])
 def test_reading_order(angle):
-    """Two lines of two boxes, the second a bit lower than the first, in whatever order they are found."""
+    """Two lines of two boxes, the second box slightly lower than the first, in any order of detection."""
     page = [(0, 0, 40, 20), (300, 6, 60, 24), (0, 30, 30, 20), (200, 26, 40, 20)]
     boxes = np.stack([box(*place, angle=angle) for place in page])
     for order in itertools.permutations(range(4)):
@@ -96,7 +96,7 @@ def test_missing_packages(monkeypatch):
     for name in ("rapidocr", "onnxruntime"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
-            with pytest.raises(ImportError, match=r"pip install diffusers-mixgrpo\[ocr\]"):
+            with pytest.raises(ImportError, match=r'pip install "diffusers-mixgrpo\[ocr\]"'):
                 OCRReward()
 
 
@@ -108,18 +108,18 @@ def reward():
 
 
 def draw(*lines, angle=0, size=(320, 320)):
-    """Lines of dark text on a light ground, each a list of (x, text), turned by `angle` degrees."""
-    picture = Image.new("RGB", size, "ivory")
+    """Lines of dark text on a light background, each a list of (x, text), rotated by `angle` degrees."""
+    image = Image.new("RGB", size, "ivory")
     font = ImageFont.load_default(size=40)
     for i, line in enumerate(lines):
         for x, text in [(20, line)] if isinstance(line, str) else line:
-            ImageDraw.Draw(picture).text((x, 90 + 60 * i), text, font=font, fill="navy")
-    return picture.rotate(angle, fillcolor="ivory")
+            ImageDraw.Draw(image).text((x, 90 + 60 * i), text, font=font, fill="navy")
+    return image.rotate(angle, fillcolor="ivory")
 
 
-def test_reads_pictures(reward):
-    """Asked for "Hello World": right, wrong, partly right, more than asked for, nothing, no quotes."""
-    pictures = [
+def test_reads_images(reward):
+    """Correct, wrong, nearly correct, extra text, no text, and a prompt without quotes."""
+    images = [
         draw("Hello World"),
         draw("Hold"),
         draw("Hello Word"),
@@ -128,7 +128,7 @@ def test_reads_pictures(reward):
         draw("Hi"),
     ]
     prompts = ['a sign that says "hello world"'] * 5 + ["a sign that says Hi"]
-    scores = reward(prompts, pictures, difficulty=[1] * 6)
+    scores = reward(prompts, images, difficulty=[1] * 6)
     assert scores == pytest.approx([1, 0.4, 0.9, 10 / 15, 0, None])
     assert reward.__name__ == "ocr"
 
@@ -138,7 +138,7 @@ def test_reads_lines_in_order(reward):
 
 
 def test_reads_sloping_lines(reward):
-    """Two words of a line that are far apart: the second is higher on the page, yet read after the first."""
+    """Two distant words of one line: the second is higher on the page but is read after the first."""
     assert reward.read(draw([(20, "Left"), (210, "Right")], angle=12)) == "Left Right"
 
 
@@ -156,7 +156,7 @@ def test_other_modes_and_broken_files(reward):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="`num_threads` must be at least 1, or None for one per core, got 0"):
+    with pytest.raises(ValueError, match="`num_threads` must be at least 1, got 0. Use None"):
         OCRReward(num_threads=0)
 
 

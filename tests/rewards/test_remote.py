@@ -1,4 +1,4 @@
-"""The client of the reward server, against the real server and against ones that misbehave."""
+"""The client of the reward server, against the real server and against servers that misbehave."""
 
 import asyncio
 import json
@@ -9,13 +9,13 @@ import re
 import socket
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from diffusers_mixgrpo.rewards import load_reward
 from diffusers_mixgrpo.rewards.remote import RemoteReward, RemoteRewardError, finite
 
 
@@ -28,18 +28,18 @@ KEY = "tok-verySecret-0123456789"
 
 
 def mean_of_bytes(prompts, images, **columns):
-    """Exact in integers: tells whether a single pixel was changed on the way."""
+    """Exact in integers, so that a change of a single pixel is noticed."""
     return [float(np.asarray(image, dtype=np.int64).sum()) for image in images]
 
 
-def pictures(count):
+def make_images(count):
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (7 + i, 11, 3), dtype=np.uint8)) for i in range(count)]
 
 
 @pytest.fixture
 def serve(monkeypatch):
-    """Serves a function; returns the reward's address."""
+    """Serve a function and return the reward's URL."""
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "REWARDS_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     servers = []
@@ -57,16 +57,16 @@ def serve(monkeypatch):
 
 
 def remote(url, **options):
-    return RemoteReward(url, **({"backoff": 0.01, "timeout": 20.0, "max_retries": 0} | options))
+    return RemoteReward(url, **({"backoff": 0.01, "timeout": 60.0, "max_retries": 0} | options))
 
 
 def score(reward, prompts, images=None, **columns):
-    images = pictures(len(prompts)) if images is None else images
+    images = make_images(len(prompts)) if images is None else images
     return asyncio.run(reward(prompts=list(prompts), images=images, **columns))
 
 
-def test_the_same_scores_as_at_home(serve):
-    images = pictures(5)
+def test_scores_equal_those_of_a_local_call(serve):
+    images = make_images(5)
     reward = remote(serve(mean_of_bytes), batch_size=2)
     assert score(reward, "abcde", images) == mean_of_bytes("abcde", images)
     assert reward.__name__ == "reward" and reward.last_error is None
@@ -96,11 +96,11 @@ def test_prompts_and_columns_arrive(serve):
 
 def test_columns_that_cannot_be_sent(serve):
     reward = remote(serve(mean_of_bytes))
-    with pytest.raises(TypeError, match=r"The column 'mask' cannot be sent .*columns=\[\.\.\.\]"):
+    with pytest.raises(TypeError, match=r"`columns` must be serializable to JSON, got 'mask' .*columns=\[\.\.\.\]"):
         score(reward, ["a"], mask=[np.zeros(3)])
-    with pytest.raises(TypeError, match="The column 'weight' cannot be sent"):
+    with pytest.raises(TypeError, match="must be serializable to JSON, got 'weight'"):
         score(reward, ["a"], weight=[math.nan])
-    with pytest.raises(ValueError, match=r"asks for \['answer'\], but the data set's other columns are \['other'\]"):
+    with pytest.raises(ValueError, match=r"must be among the dataset's columns \['other'\], got \['answer'\]"):
         score(remote(reward.url, columns=["answer"]), ["a"], other=[1])
 
 
@@ -112,11 +112,11 @@ def test_no_score_is_none(serve, caplog):
     with caplog.at_level(logging.WARNING, logger="diffusers_mixgrpo"):
         assert score(client, "abcd") == [0.5, None, None, None]
     assert "the server's `reward` has no score for an image" in str(client.last_error)
-    (record,) = [r for r in caplog.records if r.name.startswith("diffusers_mixgrpo")]
+    (record,) = [record for record in caplog.records if record.name.startswith("diffusers_mixgrpo")]
     assert record.getMessage().startswith("reward could not score 3 of 4 images")
 
 
-def test_an_asynchronous_reward(serve):
+def test_an_async_reward(serve):
     async def reward(prompts, images, **columns):
         await asyncio.sleep(0.01)
         return [float(len(prompt)) for prompt in prompts]
@@ -135,7 +135,7 @@ def test_a_reward_that_raises(serve):
     assert re.search("HTTP 500: .*the reward raised KeyError: 'no such model'", str(client.last_error))
 
 
-def test_a_failure_for_a_while(serve):
+def test_a_temporary_failure(serve):
     calls = []
 
     def reward(prompts, images):
@@ -149,21 +149,24 @@ def test_a_failure_for_a_while(serve):
 
 
 def test_one_unreadable_image_in_a_batch(serve):
-    images = pictures(3)
+    images = make_images(3)
     images[1] = None
     client = remote(serve(mean_of_bytes))
     expected = mean_of_bytes("", [images[0], images[2]])
     assert score(client, "abc", images, answer=[1, 2, 3]) == [expected[0], None, expected[1]]
-    assert "image 1 cannot be read" in str(client.last_error)
+    assert "image 1 cannot be read (it is None)" in str(client.last_error)
 
 
 def test_late_answers(serve):
+    given_up = threading.Event()
+
     def reward(prompts, images):
-        time.sleep(0.5)
+        given_up.wait(60)
         return [1.0]
 
     client = remote(serve(reward), timeout=0.15)
     assert score(client, ["a"]) == [None]
+    given_up.set()
     assert "no answer within timeout=0.15 seconds" in str(client.last_error)
 
 
@@ -171,7 +174,7 @@ def test_the_key(serve, monkeypatch, caplog):
     url = serve(mean_of_bytes, api_key=KEY)
     client = remote(url)
     assert score(client, ["a"]) == [None]
-    assert re.search("HTTP 401: .*the Authorization header has no or another key", str(client.last_error))
+    assert re.search("HTTP 401: .*the Authorization header must contain the API key", str(client.last_error))
     monkeypatch.setenv("REWARDS_API_KEY", KEY[:-1])
     assert score(client, ["a"]) == [None]
     monkeypatch.setenv("REWARDS_API_KEY", KEY)
@@ -181,17 +184,17 @@ def test_the_key(serve, monkeypatch, caplog):
         assert KEY[:8] not in place
 
 
-def test_what_the_server_refuses(serve):
+def test_refused_requests(serve):
     client = remote(serve(mean_of_bytes, max_bytes=2000))
     big = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     assert score(client, ["a"], [big]) == [None]
-    assert re.search(r"HTTP 413: .*more than the limit of 2000", str(client.last_error))
+    assert re.search(r"HTTP 413: .*must have at most 2000 bytes", str(client.last_error))
     other = remote(client.url + "2")
     assert score(other, ["a"]) == [None] and "there is no reward 'reward2'" in str(other.last_error)
 
 
 def answering(content):
-    """A socket that answers every connection with some bytes after its request, and closes it; returns its address."""
+    """A socket that answers the request of each connection with `content` and closes it, and the URL of the socket."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def run():
@@ -202,7 +205,7 @@ def answering(content):
                 return
             with connection:
                 received = b""
-                while b'"columns"' not in received:  # the last of the request
+                while b'"columns"' not in received:  # the end of the request
                     received += connection.recv(2**16)
                 connection.sendall(content)
 
@@ -243,10 +246,19 @@ def test_names_and_addresses():
     assert reward.__name__ == "my reward" and reward.url == "http://gpu-box:8100/rewards/my%20reward"
     assert RemoteReward("http://gpu-box:8100/hpsv2", name="theirs").__name__ == "theirs"
     for url in ("http://gpu-box:8100", "http://gpu-box:8100/"):
-        with pytest.raises(ValueError, match="`url` must end with a reward's name"):
+        with pytest.raises(ValueError, match="`url` must end with a reward's name, got"):
             RemoteReward(url)
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
         RemoteReward("http://gpu-box:8100/hpsv2", batch_size=0)
+
+
+@pytest.mark.parametrize("name", ["http://gpu-box:8100/hpsv2", "vlm_judge", "unifiedreward"])
+def test_without_httpx2_the_extra_is_named(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    for module in ("remote", "vlm_judge", "unifiedreward"):
+        monkeypatch.delitem(sys.modules, f"diffusers_mixgrpo.rewards.{module}", raising=False)
+    with pytest.raises(ImportError, match=r'need httpx2 .*`pip install "diffusers-mixgrpo\[remote\]"`'):
+        load_reward(name)
 
 
 def test_finite():

@@ -1,18 +1,17 @@
-"""Calling reward functions."""
+"""The reward runner: sync and async rewards, their failures, and statistics of their scores."""
 
 import asyncio
 import functools
 import math
 import threading
-import time
 
 import numpy as np
 import pytest
 import torch
 
 from diffusers_mixgrpo import RewardError
-from diffusers_mixgrpo.advantages import normalize_weights
-from diffusers_mixgrpo.reward_calls import RewardRunner, check_failures, reward_names, reward_statistics
+from diffusers_mixgrpo.core.advantages import normalize_weights
+from diffusers_mixgrpo.rewards.runner import RewardRunner, check_failures, reward_names, reward_statistics
 
 
 def brightness(prompts, images, **columns):
@@ -39,7 +38,7 @@ def test_names():
         "partial",
         "brightness_3",
     ]
-    with pytest.raises(ValueError, match="`reward_funcs` is empty"):
+    with pytest.raises(ValueError, match=r"`reward_funcs` must not be empty, got \[\]"):
         reward_names([])
     with pytest.raises(TypeError, match="must be names or callables .*got 3"):
         reward_names([3])
@@ -57,15 +56,15 @@ def test_scores_of_many_kinds(answer):
 @pytest.mark.parametrize(
     "answer, message",
     [
-        ([1.0, 2.0], "`judge` returned 2 scores for 3 images"),
-        ([1.0] * 4, "returned 4 scores for 3 images"),
-        (None, "returned None; it must return a list of 3 numbers"),
-        (0.5, "returned 0.5; it must return a list"),
-        (["good", "bad", "ugly"], "returned .*'good'.*; it must return a list"),
-        ([[1.0], [2.0], [3.0, 4.0]], "it must return a list"),
+        ([1.0, 2.0], "`judge` must return one score per image, got 2 scores for 3 images"),
+        ([1.0] * 4, "got 4 scores for 3 images"),
+        (None, "must return a list of 3 numbers or None, one per image, got None"),
+        (0.5, "must return a list .*got 0.5"),
+        (["good", "bad", "ugly"], "must return a list .*got .*'good'"),
+        ([[1.0], [2.0], [3.0, 4.0]], "must return a list"),
     ],
 )
-def test_answers_that_are_no_scores(answer, message, asynchronous):
+def test_invalid_return_values(answer, message, asynchronous):
     def judge(prompts, images):
         return answer
 
@@ -84,8 +83,13 @@ def test_columns_and_batches_in_their_order():
         calls.append((prompts, images, answer))
         return answer
 
+    answered = []
+    waits = {1: 2, 3: 1, 4: 0, 7: 0}  # first score of a call -> calls that answer before it: the first call is last
+
     async def later(prompts, images, answer):
-        await asyncio.sleep(0.05 / sum(answer))  # the first to be asked is the last to answer
+        while len(answered) < waits[answer[0]]:
+            await asyncio.sleep(0.001)
+        answered.append(answer[0])
         return [-score for score in answer]
 
     runner = RewardRunner([plain, later])
@@ -94,10 +98,11 @@ def test_columns_and_batches_in_their_order():
     assert runner.finish().tolist() == [[1, 2, 3, 4, 5, 6], [-1, -2, -3, -4, -5, -6]]
     assert calls == [([f"p{i}" for i in range(1, 7)], [f"image {i}" for i in range(1, 7)], [1, 2, 3, 4, 5, 6])]
     runner.start([{"prompt": "q", "answer": 7}], ["image 7"])
-    assert runner.finish().tolist() == [[7], [-7]]  # and nothing of before
+    assert runner.finish().tolist() == [[7], [-7]]  # without the earlier scores
+    assert answered == [4, 3, 1, 7]
 
 
-def test_one_bad_image_costs_no_other_its_score():
+def test_a_bad_image_does_not_affect_the_others():
     def judge(prompts, images, answer):
         return [10 / value for value in answer]
 
@@ -119,8 +124,8 @@ def test_a_reward_that_always_raises_has_no_scores():
     check_failures(torch.tensor([scores]), runner.names, 1.0, runner.errors, 7)
 
 
-def test_asynchronous_rewards_work_together_and_at_once():
-    """Each waits until all others have begun: one after the other they would wait for ever."""
+def test_async_rewards_run_concurrently():
+    """Each reward waits until all have started, so they would hang if they ran one after the other."""
     begun, everyone = [], threading.Event()
 
     def make(name):
@@ -135,28 +140,38 @@ def test_asynchronous_rewards_work_together_and_at_once():
         judge.__name__ = name
         return judge
 
-    runner = RewardRunner([make("a"), make("b"), make("c")], timeout=20)
+    runner = RewardRunner([make("a"), make("b"), make("c")], timeout=60)
     runner.start([{"prompt": "x"}] * 2, ["image"] * 2)
-    assert everyone.wait(20)  # before anybody has asked for the scores
+    assert everyone.wait(60)  # before `finish` is called
     assert runner.finish().tolist() == [[1.0, 1.0]] * 3
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_timeout_is_no_score(asynchronous):
+    """The calls would return scores, but only after the runner has given up on them."""
+    given_up = threading.Event()
+    returned = threading.Event()
+
     async def slow_later(prompts, images):
-        await asyncio.sleep(60)
+        await asyncio.to_thread(given_up.wait, 60)
+        returned.set()
+        return [1.0] * len(images)
 
     def slow(prompts, images):
-        time.sleep(1.5)
+        given_up.wait(60)
+        returned.set()
+        return [1.0] * len(images)
 
-    start = time.perf_counter()
-    scores, runner = call(slow_later if asynchronous else slow, timeout=0.1)
-    assert time.perf_counter() - start < 1.2
+    try:
+        scores, runner = call(slow_later if asynchronous else slow, timeout=0.1)
+        assert not returned.is_set()
+    finally:
+        given_up.set()
     assert all(math.isnan(score) for score in scores)
     assert isinstance(next(iter(runner.errors.values())), TimeoutError)
 
 
-def test_an_asynchronous_reward_that_raises():
+def test_an_async_reward_that_raises():
     async def judge(prompts, images):
         raise ConnectionError("no route")
 
@@ -164,7 +179,7 @@ def test_an_asynchronous_reward_that_raises():
     assert all(math.isnan(score) for score in scores) and "no route" in str(runner.errors["judge"])
 
 
-def test_the_reward_s_own_account_of_a_failure():
+def test_the_last_error_of_a_reward():
     class Remote:
         last_error = ConnectionError("503 from the server")
 

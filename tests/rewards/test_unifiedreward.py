@@ -14,7 +14,7 @@ from PIL import Image
 from diffusers_mixgrpo.rewards.unifiedreward import QUESTION, UnifiedReward, parse_final_score
 
 
-# Laid out like the examples that the model's authors give
+# In the format of the examples of the model's authors.
 ANSWER = """ocean (location): 0
 clouds (object): 1
 day time (attribute): 1
@@ -57,16 +57,16 @@ def test_round_trip(server):
     assert "no score in the model's answer that ends with 'I cannot see it.'" in str(reward.last_error)
     for body in server.bodies:
         assert body["model"] == "CodeGoat24/UnifiedReward-qwen-7b" and body["temperature"] == 0
-        picture, text = body["messages"][0]["content"]
-        kind, _, data = picture["image_url"]["url"].partition(";base64,")
+        image_part, text = body["messages"][0]["content"]
+        kind, _, data = image_part["image_url"]["url"].partition(";base64,")
         image = Image.open(io.BytesIO(base64.b64decode(data)))
         assert kind == "data:image/jpeg" and image.format == "JPEG" and image.size == (64, 48)
-        colour, caption = ("red", "the ocean") if image.getpixel((5, 5))[0] > 200 else ("blue", "a {cat}")
-        assert text["text"].endswith(f"\nText Caption: [{caption}]"), colour
+        color, caption = ("red", "the ocean") if image.getpixel((5, 5))[0] > 200 else ("blue", "a {cat}")
+        assert text["text"].endswith(f"\nText Caption: [{caption}]"), color
 
 
-def test_the_question_is_the_one_of_the_training():
-    # Of the text in CodeGoat24/UnifiedReward, inference_qwen/image_generation/qwen_point_score_image_generation.py
+def test_the_question_is_that_of_the_training():
+    # Hash of the text in qwen_point_score_image_generation.py in CodeGoat24/UnifiedReward, inference_qwen
     expected = "f56f919ce3bc6aab3c173a5f836defe195e17e9614753e8b4c3dc2405bd4975b"
     assert hashlib.sha256(QUESTION.encode()).hexdigest() == expected
 
@@ -91,9 +91,7 @@ def test_parse_final_score(text, expected):
 
 def test_options_of_the_judge():
     reward = UnifiedReward(model="UnifiedReward", name="ur", image_format="PNG", max_concurrency=4)
-    assert (reward.__name__, reward.model, reward.image_format, reward.max_concurrency) == (
-        "ur",
-        "UnifiedReward",
-        "PNG",
-        4,
-    )
+    assert reward.__name__ == "ur"
+    assert reward.model == "UnifiedReward"
+    assert reward.image_format == "PNG"
+    assert reward.max_concurrency == 4

@@ -1,4 +1,4 @@
-"""The judge against a real server on loopback that delays, fails, answers garbage and closes connections."""
+"""The judge against a local server that is slow, fails, answers garbage and closes connections."""
 
 import asyncio
 import base64
@@ -27,7 +27,7 @@ KEY = "sk-verySecret-0123456789"
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Does with each request what the next entry of `script` says (the last entry again and again)."""
+    """Handles each request with the next entry of `script`, and with the last entry after that."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -37,11 +37,11 @@ class ChatServer(ThreadingHTTPServer):
         self.script = [say("Score: 8")]
         self.requests = []
         self.lock = threading.Lock()
-        self.active = self.most_active = 0
+        self.over = threading.Event()  # set at the end of the test, for handlers that never answer in time
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, request, client_address):
-        pass  # a client that gave up is what some tests are about
+        pass  # clients that give up are expected in some tests
 
 
 class ChatHandler(BaseHTTPRequestHandler):
@@ -54,13 +54,7 @@ class ChatHandler(BaseHTTPRequestHandler):
         with server.lock:
             act = server.script[min(len(server.requests), len(server.script) - 1)]
             server.requests.append(self.sent | {"time": time.monotonic()})
-            server.active += 1
-            server.most_active = max(server.most_active, server.active)
-        try:
-            act(self)
-        finally:
-            with server.lock:
-                server.active -= 1
+        act(self)
 
     def reply(self, status, content, **headers):
         self.send_response(status)
@@ -104,21 +98,18 @@ def close_midway(handler):
     close_at_once(handler)
 
 
-def delay(seconds):
-    def act(handler):
-        time.sleep(seconds)
-        say("Score: 8")(handler)
-
-    return act
+def never_answer(handler):
+    handler.server.over.wait(60)
+    close_at_once(handler)
 
 
 def drip(handler):
+    """Data keeps arriving, but the answer never ends."""
     handler.send_response(200)
-    handler.send_header("Content-Length", "100")
+    handler.send_header("Content-Length", "1000000")
     handler.end_headers()
-    for _ in range(100):
+    while not handler.server.over.wait(0.02):
         handler.wfile.write(b" ")
-        time.sleep(0.05)
 
 
 def not_http(handler):
@@ -134,6 +125,7 @@ def server(monkeypatch):
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     yield server
+    server.over.set()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -141,29 +133,29 @@ def server(monkeypatch):
 
 @pytest.fixture
 def judge(server):
-    return lambda **options: VLMJudge(server.url, "some-vlm", **({"backoff": 0.01, "timeout": 20.0} | options))
+    return lambda **options: VLMJudge(server.url, "some-vlm", **({"backoff": 0.01, "timeout": 60.0} | options))
 
 
-def picture(seed=0, size=(12, 9)):
+def make_image(seed=0, size=(12, 9)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
 def score(judge, prompts=("a cat",), images=None, **columns):
-    images = [picture(i) for i in range(len(prompts))] if images is None else images
+    images = [make_image(i) for i in range(len(prompts))] if images is None else images
     return asyncio.run(judge(prompts=list(prompts), images=images, **columns))
 
 
-# What is sent
+# Requests
 
 
-def sent_picture(request):
+def sent_image(request):
     url = request["body"]["messages"][0]["content"][0]["image_url"]["url"]
     kind, _, data = url.partition(";base64,")
     return kind, Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
 
 
 def test_the_request(server, judge):
-    assert score(judge(), ["a red cat"], [picture(3)], answer=["ignored"]) == [8.0]
+    assert score(judge(), ["a red cat"], [make_image(3)], answer=["ignored"]) == [8.0]
     (request,) = server.requests
     assert request["path"] == "/v1/chat/completions"
     assert "Authorization" not in request["headers"]
@@ -172,9 +164,9 @@ def test_the_request(server, judge):
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("some-vlm", 0, 512)
     assert [part["type"] for part in body["messages"][0]["content"]] == ["image_url", "text"]
     assert "a red cat" in question(request) and question(request).endswith("Score: N")
-    kind, image = sent_picture(request)
+    kind, image = sent_image(request)
     assert kind == "data:image/png" and image.format == "PNG"
-    assert np.array_equal(np.asarray(image), np.asarray(picture(3)))
+    assert np.array_equal(np.asarray(image), np.asarray(make_image(3)))
 
 
 def test_options_of_the_request(server, judge):
@@ -185,13 +177,13 @@ def test_options_of_the_request(server, judge):
     body = server.requests[0]["body"]
     assert body.keys() == {"model", "messages", "seed", "chat_template_kwargs"} and body["seed"] == 3
     assert question(server.requests[0]) == 'Is it a {prompt} {x}? {"answer": ...}'
-    kind, image = sent_picture(server.requests[0])
+    kind, image = sent_image(server.requests[0])
     assert kind == "data:image/jpeg" and image.format == "JPEG" and image.size == (12, 9)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "CMYK", "1", "I;16"])
-def test_pictures_of_all_modes(mode):
-    image = Image.new("I;16", (12, 9)) if mode == "I;16" else picture().convert(mode)
+def test_images_of_all_modes(mode):
+    image = Image.new("I;16", (12, 9)) if mode == "I;16" else make_image().convert(mode)
     image = Image.open(io.BytesIO(base64.b64decode(remote.encode_image(image))))
     assert image.mode == "RGB" and image.size == (12, 9)
 
@@ -202,16 +194,16 @@ def test_no_images_no_requests(server, judge):
 
 def test_each_image_gets_its_own_score(server, judge):
     def act(handler):
-        number = int(re.search(r"picture number (\d)", question(handler.sent))[1])
+        number = int(re.search(r"image number (\d)", question(handler.sent))[1])
         time.sleep(0.01 * (9 - number))
         say("no idea" if number == 4 else f"It is fine. Score: {number}")(handler)
 
     server.script = [act]
-    prompts = [f"picture number {number}" for number in (3, 1, 4, 9, 5, 2)]
+    prompts = [f"image number {number}" for number in (3, 1, 4, 9, 5, 2)]
     assert score(judge(), prompts) == [3, 1, None, 9, 5, 2]
 
 
-# What the server may do
+# Behavior of the server
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503])
@@ -244,7 +236,7 @@ def test_waits_longer_each_time(server, judge):
     assert score(judge(backoff=0.1)) == [3.0]
     times = [request["time"] for request in server.requests]
     gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
-    # Doubled each time, and shortened at random by at most a half.
+    # The pauses are doubled each time and reduced at random by at most a half. Load can only lengthen the gaps.
     assert gaps[0] >= 0.05 and gaps[1] >= 0.1 and gaps[2] >= 0.2
 
 
@@ -269,28 +261,36 @@ def test_retry_after_has_a_limit(server, judge, value, monkeypatch):
     server.script = [reply(429, Retry_After=value), say("Score: 3")]
     start = time.monotonic()
     assert score(judge()) == [3.0]
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
-@pytest.mark.parametrize("act", [delay(0.6), drip], ids=["late", "in drops"])
+@pytest.mark.parametrize("act", [never_answer, drip], ids=["late", "in drops"])
 def test_timeout_is_for_the_whole_request(server, judge, act):
     server.script = [act]
     reward = judge(timeout=0.2, max_retries=1)
-    assert score(reward) == [None] and len(server.requests) == 2
-    assert "no answer within timeout=0.2 seconds" in str(reward.last_error)
+    assert score(reward) == [None]
+    assert re.search(r"no answer within timeout=0\.2 seconds \(.*, tried 2 times\)", str(reward.last_error))
 
 
 def test_a_late_answer_costs_one_image(server, judge):
-    over = threading.Event()
+    """The short timeout begins only when the other images have their answers, so a slow machine cannot reach it."""
+    answered = threading.Semaphore(0)
 
     def act(handler):
-        if "slow" in question(handler.sent):
-            over.wait(60)
-        say("Score: 8")(handler)
+        if "slow" not in question(handler.sent):
+            say("Score: 8")(handler)
+            answered.release()
+        elif reward.timeout == 60:
+            assert answered.acquire(timeout=60) and answered.acquire(timeout=60)
+            reward.timeout = 0.2
+            close_at_once(handler)
+        else:
+            never_answer(handler)
 
     server.script = [act]
-    assert score(judge(timeout=1.5, max_retries=0), ["slow", "quick", "quick"]) == [None, 8.0, 8.0]
-    over.set()
+    reward = judge(timeout=60, max_retries=1)
+    assert score(reward, ["slow", "quick", "quick"]) == [None, 8.0, 8.0]
+    assert "no answer within timeout=0.2 seconds" in str(reward.last_error)
 
 
 @pytest.mark.parametrize("act", [close_at_once, close_midway, not_http])
@@ -305,7 +305,7 @@ def test_closed_connections(server, judge, act):
 
 def test_no_server(judge):
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        unused.bind(("127.0.0.1", 0))  # bound, but not listening
         reward = VLMJudge(f"http://127.0.0.1:{unused.getsockname()[1]}/v1", max_retries=1, backoff=0.01)
         assert score(reward) == [None]
     assert re.search("ConnectError: .*tried 2 times", str(reward.last_error))
@@ -319,10 +319,10 @@ GARBAGE = {
     "a list": b"[1, 2]",
     "no choices": b'{"choices": []}',
     "no message": b'{"choices": [{"text": "Score: 8"}]}',
-    "a choice that is none": b'{"choices": [null]}',
+    "a choice that is null": b'{"choices": [null]}',
     "no text": chat(None).encode(),
     "a number for a text": chat(8).encode(),
-    "another text": chat("What a nice picture!").encode(),
+    "another text": chat("What a nice image!").encode(),
     "out of the scale": chat("Score: 11").encode(),
     "an empty text": chat("").encode(),
 }
@@ -336,7 +336,7 @@ def test_garbage(server, judge, content, caplog):
     server.script = [act]
     reward = judge()
     assert score(reward, ["good", "bad", "good"]) == [7.0, None, 7.0]
-    assert len(server.requests) == 3  # the same question would get the same answer
+    assert len(server.requests) == 3  # no retries, because the answer would be the same
     assert isinstance(reward.last_error, remote.RemoteRewardError)
     assert len(str(reward.last_error)) < 500
 
@@ -351,12 +351,19 @@ def test_says_when_an_answer_was_cut_off(server, judge):
 
 
 @pytest.mark.parametrize("calls", [1, 2])
-def test_at_most_so_many_at_once(server, judge, calls):
-    barrier = threading.Barrier(3, timeout=20)
+def test_the_number_of_concurrent_requests_is_limited(server, judge, calls):
+    barrier = threading.Barrier(3, timeout=60)
+    active = []
+    counts = []
 
     def act(handler):
-        barrier.wait()  # passes when three requests are here together
-        time.sleep(0.02)
+        with server.lock:
+            active.append(handler)
+            counts.append(len(active))
+        barrier.wait()  # passes when three requests are active at the same time
+        time.sleep(0.02)  # time for a fourth one to arrive, if there were one
+        with server.lock:
+            active.remove(handler)
         say("Score: 8")(handler)
 
     server.script = [act]
@@ -364,11 +371,11 @@ def test_at_most_so_many_at_once(server, judge, calls):
 
     async def call():
         count = 12 // calls
-        parts = await asyncio.gather(*(reward(["a cat"] * count, [picture()] * count) for _ in range(calls)))
+        parts = await asyncio.gather(*(reward(["a cat"] * count, [make_image()] * count) for _ in range(calls)))
         return [score for part in parts for score in part]
 
     assert asyncio.run(call()) == [8.0] * 12
-    assert server.most_active == 3
+    assert max(counts) == 3
 
 
 # The judge as a reward
@@ -381,7 +388,7 @@ def test_one_object_on_several_event_loops(server, judge):
     assert score(copy, ["a cat"]) == [8.0] and copy.__name__ == "vlm_judge"
 
     async def both():
-        return await asyncio.gather(reward(["a cat"], [picture()]), copy(["a dog"], [picture()]))
+        return await asyncio.gather(reward(["a cat"], [make_image()]), copy(["a dog"], [make_image()]))
 
     assert asyncio.run(both()) == [[8.0], [8.0]]
 
@@ -398,10 +405,10 @@ def test_own_parser(server, judge):
 
 def test_images_that_cannot_be_read(server, judge, caplog):
     buffer = io.BytesIO()
-    picture(size=(200, 200)).save(buffer, "PNG")
+    make_image(size=(200, 200)).save(buffer, "PNG")
     broken = Image.open(io.BytesIO(buffer.getvalue()[:2000]))
     reward = judge()
-    assert score(reward, ["a", "b", "c"], [broken, picture(), None]) == [None, 8.0, None]
+    assert score(reward, ["a", "b", "c"], [broken, make_image(), None]) == [None, 8.0, None]
     assert len(server.requests) == 1
     assert re.search("image [02] cannot be read", str(reward.last_error))
 
@@ -414,11 +421,11 @@ def test_one_warning_for_a_call(server, judge, caplog):
     score(reward, ["a cat"] * 3)
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert record.getMessage().startswith(
-        "vlm_judge could not score 3 of 3 images. The last reason: HTTP 418: a teapot"
+        "vlm_judge could not score 3 of 3 images. The last error: HTTP 418: a teapot"
     )
 
 
-def test_does_not_touch_the_random_numbers_of_the_training(server, judge):
+def test_the_random_state_of_the_training_is_unchanged(server, judge):
     server.script = [reply(500), reply(500), say("Score: 8")]
     random.seed(0)
     np.random.seed(0)
@@ -431,7 +438,7 @@ def test_does_not_touch_the_random_numbers_of_the_training(server, judge):
 
 
 def everything_of(error):
-    """What a debugger sees of an exception."""
+    """All that a debugger shows of an exception."""
     seen = []
     while error is not None:
         frames, traceback = [], error.__traceback__
@@ -446,22 +453,33 @@ def everything_of(error):
 @pytest.mark.parametrize("kind", ["answered", "echoed", "closed", "late"])
 def test_the_key_is_sent_and_nowhere_else(server, judge, monkeypatch, caplog, kind):
     def echo(handler):
-        picture_url = handler.sent["body"]["messages"][0]["content"][0]["image_url"]["url"]
-        padding = "no. " * 45  # so that the key lies where the text is cut off
-        handler.reply(401, f"{padding} {handler.sent['headers']['Authorization']} of {picture_url}".encode())
+        image_url = handler.sent["body"]["messages"][0]["content"][0]["image_url"]["url"]
+        padding = "no. " * 45  # puts the key where the text is cut off
+        handler.reply(401, f"{padding} {handler.sent['headers']['Authorization']} of {image_url}".encode())
 
-    server.script = [{"answered": say("Score: 8"), "echoed": echo, "closed": close_midway, "late": delay(0.6)}[kind]]
+    def close_and_hurry(handler):  # a short timeout from the start might end before the request has arrived
+        reward.timeout = 0.2
+        close_at_once(handler)
+
+    scripts = {
+        "answered": [say("Score: 8")],
+        "echoed": [echo],
+        "closed": [close_midway],
+        "late": [close_and_hurry, never_answer],
+    }
+    server.script = scripts[kind]
     monkeypatch.setenv("JUDGE_KEY", KEY + "\n")
-    reward = judge(api_key_env="JUDGE_KEY", max_retries=1, timeout=0.3 if kind == "late" else 20)
+    reward = judge(api_key_env="JUDGE_KEY", max_retries=1)
     with caplog.at_level(logging.DEBUG):
         assert score(reward) == [8.0 if kind == "answered" else None]
     assert server.requests[-1]["headers"]["Authorization"] == f"Bearer {KEY}"
     assert (reward.last_error is None) == (kind == "answered")
+    assert ("no answer within" in str(reward.last_error)) == (kind == "late")
     places = [caplog.text, repr(reward), repr(vars(reward)), everything_of(reward.last_error)]
     places.append(pickle.dumps(reward).decode("latin-1"))
     for place in places:
         assert KEY[:8] not in place
-        assert not re.search(r"[A-Za-z0-9+/]{80}", place)  # no pictures either
+        assert not re.search(r"[A-Za-z0-9+/]{80}", place)  # no images either
 
 
 def test_the_key_is_read_at_each_call(server, judge, monkeypatch):
@@ -478,7 +496,7 @@ def test_the_key_is_read_at_each_call(server, judge, monkeypatch):
 
 def test_a_key_that_cannot_be_sent(server, judge, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n{KEY}")
-    with pytest.raises(ValueError, match="environment variable OPENAI_API_KEY has characters") as info:
+    with pytest.raises(ValueError, match="`api_key_env` must name .*got 'OPENAI_API_KEY'") as info:
         score(judge())
     assert KEY[:8] not in str(info.value) and server.requests == []
 
@@ -489,12 +507,12 @@ def test_a_key_that_cannot_be_sent(server, judge, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"url": "localhost:8000/v1"}, "`url` must be like 'http://localhost:8000/v1', got 'localhost:8000/v1/chat"),
-        ({"url": "ftp://a/b"}, "`url` must be like"),
-        ({"url": "http://host:port"}, "`url` must be like"),
-        ({"url": "http:///v1"}, "`url` must be like"),
-        ({"url": "http://me:secret@host/v1"}, "`url` must hold no user and password"),
-        ({"question": "Is it good?"}, "`question` must have {prompt} .*got 'Is it good"),
+        ({"url": "localhost:8000/v1"}, "`url` must be an HTTP URL such as .*got 'localhost:8000/v1/chat"),
+        ({"url": "ftp://a/b"}, "`url` must be an HTTP URL"),
+        ({"url": "http://host:port"}, "`url` must be an HTTP URL"),
+        ({"url": "http:///v1"}, "`url` must be an HTTP URL"),
+        ({"url": "http://me:secret@host/v1"}, "`url` must not contain a user and password"),
+        ({"question": "Is it good?"}, "`question` must contain {prompt}, got 'Is it good"),
         ({"max_concurrency": 0}, "`max_concurrency` must be at least 1, got 0"),
         ({"max_retries": -1}, "`max_retries` must be at least 0, got -1"),
         ({"backoff": -0.1}, "`backoff` must be at least 0, got -0.1"),
@@ -508,14 +526,14 @@ def test_wrong_arguments(options, message):
     assert "secret" not in str(info.value)
 
 
-def test_extra_body_must_fit_into_json():
-    with pytest.raises(TypeError, match="`extra_body` must fit into JSON"):
+def test_extra_body_must_be_serializable():
+    with pytest.raises(TypeError, match="`extra_body` must be serializable to JSON"):
         VLMJudge(extra_body={"seed": object()})
 
 
 def test_as_many_prompts_as_images(judge):
-    with pytest.raises(ValueError, match="must be as many, got 2 and 1"):
-        score(judge(), ["a", "b"], [picture()])
+    with pytest.raises(ValueError, match="must have the same length, got 2 prompts and 1 images"):
+        score(judge(), ["a", "b"], [make_image()])
 
 
 # The parser
@@ -564,7 +582,7 @@ def test_parse_score_of_long_garbage_is_quick():
     start = time.monotonic()
     for text in ("score" + " " * 200_000, "score (" * 50_000, "score: 8" + " " * 200_000, "score:" * 50_000):
         parse_score(text)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60  # milliseconds, unless the pattern backtracks
 
 
 def test_the_question_asks_for_what_the_parser_reads():

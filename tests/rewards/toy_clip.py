@@ -1,4 +1,4 @@
-"""What the tests of the CLIP rewards share: a tiny CLIP with CLIP's own kind of vocabulary, pictures and prompts."""
+"""Shared parts of the CLIP rewards' tests: a tiny CLIP with a vocabulary like CLIP's own, images and prompts."""
 
 import numpy as np
 import torch
@@ -9,11 +9,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 
 CONTEXT = 20
-SIZE = 32  # of the pictures that the tiny models see
+SIZE = 32  # image size of the tiny models
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
-# Every byte alone and at a word's end, as in CLIP: any text can be written, and end-of-text has the highest number
+# Each byte alone and at the end of a word, as in CLIP: any text can be encoded, and end-of-text has the highest id.
 LETTERS = sorted(ByteLevel.alphabet())
 VOCABULARY = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
 
@@ -34,7 +34,7 @@ def save_tokenizer(folder) -> CLIPTokenizer:
 
 
 def save_clip(folder, seed: int = 0, eos_token_id: int = len(VOCABULARY) - 1) -> CLIPModel:
-    """A CLIP with random weights in `folder`, with tokenizer and image processor."""
+    """Save a CLIP with random weights, its tokenizer and its image processor to `folder`."""
     torch.manual_seed(seed)
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = CLIPConfig(
@@ -46,7 +46,7 @@ def save_clip(folder, seed: int = 0, eos_token_id: int = len(VOCABULARY) - 1) ->
     )
     model = CLIPModel(config).eval()
     with torch.no_grad():
-        for weight in model.parameters():  # far larger than at the start of training: all parts matter
+        for weight in model.parameters():  # much larger than at initialization, so that all parts matter
             weight.add_(torch.randn_like(weight) * 0.2)
     model.save_pretrained(folder)
     save_tokenizer(folder)
@@ -56,8 +56,8 @@ def save_clip(folder, seed: int = 0, eos_token_id: int = len(VOCABULARY) - 1) ->
     return model
 
 
-def pictures() -> list[Image.Image]:
-    """Of odd sizes, wide and tall, larger and smaller than the model's, in many modes; one per prompt of `PROMPTS`."""
+def make_images() -> list[Image.Image]:
+    """One image per prompt of `PROMPTS`: wide and tall, larger and smaller than the model's, in many modes."""
     rng = np.random.default_rng(0)
     shapes = [(45, 77), (90, 33), (19, 11), (32, 32), (64, 64), (7, 100)]
     images = [Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
@@ -67,7 +67,7 @@ def pictures() -> list[Image.Image]:
 
 
 def token_ids(text: str) -> list[int]:
-    """The tokens of a text in which letters are the only thing, of `VOCABULARY`, by hand."""
+    """The token ids of a text that consists of letters and spaces, worked out by hand."""
     ids = []
     for word in text.lower().split():
         ids += [VOCABULARY.index(letter) for letter in word[:-1]] + [VOCABULARY.index(word[-1] + "</w>")]
@@ -76,7 +76,7 @@ def token_ids(text: str) -> list[int]:
 
 
 def cropped(image: Image.Image) -> torch.Tensor:
-    """CLIP's preprocessing by hand: the shorter side resized in 8 bits, the centre cut out, normalised."""
+    """CLIP's preprocessing by hand: the shorter side resized in 8 bits, the center cropped, normalized."""
     scale = SIZE / min(image.size)
     image = image.convert("RGB").resize(
         (int(image.width * scale), int(image.height * scale)), Image.Resampling.BICUBIC

@@ -1,6 +1,7 @@
-"""The toy's captions and reward, on pictures that are drawn here and so have a known right answer."""
+"""The toy's captions and rewards, on images that are drawn here and therefore have a known content."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -9,22 +10,22 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from diffusers_mixgrpo import toy
-from diffusers_mixgrpo.toy.scenes import BACKGROUNDS, COLOURS, LAYOUTS, PLACES, SHAPES, SIZE, all_captions, misdescribe
+from diffusers_mixgrpo.toy.scenes import BACKGROUNDS, COLORS, LAYOUTS, PLACES, SHAPES, SIZE, all_captions, misdescribe
 
 
 CAPTIONS = all_captions()
 captions = st.sampled_from(CAPTIONS)
 
 
-def score(text: str, picture: Image.Image) -> float:
-    return toy.toy_reward([text], [picture])[0]
+def score(text: str, image: Image.Image) -> float:
+    return toy.toy_reward([text], [image])[0]
 
 
 def drawn(text: str, seed: int = 0) -> Image.Image:
     return toy.draw(toy.parse(text), random.Random(seed))
 
 
-def test_captions_are_read_back_and_split_without_overlap():
+def test_captions_are_parsed_and_split_without_overlap():
     assert len(set(CAPTIONS)) == len(CAPTIONS) == 1008
     assert all(toy.caption(toy.parse(text)) == text for text in CAPTIONS)
     train, test = toy.prompts("train"), toy.prompts("test")
@@ -37,11 +38,11 @@ def test_captions_are_read_back_and_split_without_overlap():
     "text", ["", "a small red dog at the top on white", "a red circle", "four red circles in a row on white", "a cat"]
 )
 def test_other_texts_are_refused(text):
-    with pytest.raises(ValueError, match="not a caption of the toy world"):
+    with pytest.raises(ValueError, match="`text` must be a caption of the toy world, got"):
         toy.parse(text)
 
 
-def test_prompts_refuses_what_it_does_not_have():
+def test_wrong_arguments_of_prompts():
     with pytest.raises(ValueError, match="'validation'"):
         toy.prompts("validation")
     with pytest.raises(ValueError, match="100000"):
@@ -50,20 +51,20 @@ def test_prompts_refuses_what_it_does_not_have():
 
 @settings(max_examples=300, deadline=None)
 @given(captions, st.integers(0, 10_000))
-def test_right_pictures_score_one(text, seed):
+def test_correct_images_score_one(text, seed):
     verdict = toy.judge(text, drawn(text, seed))
     assert verdict.score == 1.0
     assert verdict.drawn == verdict.wanted == toy.parse(text).number
 
 
-def test_nearly_all_right_pictures_are_right_beyond_doubt():
-    """The stricter judgement doubts a few of the smallest crosses."""
+def test_nearly_all_correct_images_are_wholly_right():
+    """The strict criterion rejects a few of the smallest crosses."""
     assert np.mean(toy.wholly_right(CAPTIONS, [drawn(text) for text in CAPTIONS])) > 0.99
 
 
 @settings(max_examples=300, deadline=None)
 @given(captions, captions, st.integers(0, 10_000))
-def test_a_picture_of_another_caption_is_never_right(text, other, seed):
+def test_an_image_of_another_caption_is_never_right(text, other, seed):
     if text != other:
         verdict = toy.judge(text, drawn(other, seed))
         assert verdict.score <= 2 / 3 + 1e-9 and not verdict.right
@@ -72,7 +73,7 @@ def test_a_picture_of_another_caption_is_never_right(text, other, seed):
 @pytest.mark.parametrize(
     ("mistake", "text", "shown", "score"),
     [
-        ("colour", "a large red circle at the left on gray", "a large green circle at the left on gray", 0.5),
+        ("color", "a large red circle at the left on gray", "a large green circle at the left on gray", 0.5),
         ("shape", "a large red circle at the left on gray", "a large red cross at the left on gray", 0.5),
         ("size", "a large red circle at the left on gray", "a small red circle at the left on gray", 0.6),
         ("place", "a large red circle at the left on gray", "a large red circle at the top on gray", 0.6),
@@ -92,28 +93,28 @@ def test_each_mistake_costs_what_it_should(mistake, text, shown, score):
 
 
 @settings(max_examples=400, deadline=None)
-@given(captions, st.integers(0, 10_000), st.sampled_from(list(COLOURS)), st.sampled_from(SHAPES))
-def test_extra_objects_never_help(text, seed, colour, shape):
-    """Whatever a picture shows, right or wrong, one object more than was asked for never raises its score."""
+@given(captions, st.integers(0, 10_000), st.sampled_from(list(COLORS)), st.sampled_from(SHAPES))
+def test_extra_objects_never_help(text, seed, color, shape):
+    """An extra object never increases the score of an image, whether the image is correct or not."""
     rng = random.Random(seed)
-    picture = toy.draw(misdescribe(toy.parse(text), 0.3, rng), rng)
-    before = toy.judge(text, picture)
+    image = toy.draw(misdescribe(toy.parse(text), 0.3, rng), rng)
+    before = toy.judge(text, image)
     if before.drawn < before.wanted:
-        return  # one more is then not too much
+        return  # another object would not be an extra one
     place, size = rng.choice(list(PLACES)), rng.choice(["small", "large"])
-    extra = toy.draw(toy.Scene(1, colour, shape, place, toy.parse(text).background, size), rng)
+    extra = toy.draw(toy.Scene(1, color, shape, place, toy.parse(text).background, size), rng)
     ground = np.array(BACKGROUNDS[toy.parse(text).background])
     object_only = np.abs(np.asarray(extra).astype(int) - ground).sum(-1) > 60
     rows, columns = np.nonzero(object_only)
     cut = (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1)
     patch, mask = (np.asarray(a)[cut[0] : cut[2], cut[1] : cut[3]] for a in (extra, object_only))
-    pixels = np.asarray(picture).copy()
+    pixels = np.asarray(image).copy()
     top, left = rng.randrange(SIZE - patch.shape[0]), rng.randrange(SIZE - patch.shape[1])
     window = (slice(top, top + patch.shape[0]), slice(left, left + patch.shape[1]))
     around = (slice(max(top - 1, 0), window[0].stop + 1), slice(max(left - 1, 0), window[1].stop + 1))
-    base = np.asarray(picture)[around].reshape(-1, 3).astype(int)
+    base = np.asarray(image)[around].reshape(-1, 3).astype(int)
     if (np.abs(base - ground).sum(-1) > 30).any():
-        return  # it would touch another object and be no object of its own
+        return  # it would touch another object and not count as a separate one
     pixels[window][mask] = patch[mask]
     after = toy.judge(text, Image.fromarray(pixels))
     assert after.drawn == before.drawn + 1
@@ -122,14 +123,14 @@ def test_extra_objects_never_help(text, seed, colour, shape):
 
 
 def test_drawing_everything_is_worth_little():
-    """The hole of a reward that takes the best match: all shapes in all colours side by side."""
-    picture = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS["white"])
-    canvas = ImageDraw.Draw(picture)
-    for index, colour in enumerate(list(COLOURS.values())[:6]):
+    """All colors side by side would exploit a reward that takes the best match."""
+    image = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS["white"])
+    canvas = ImageDraw.Draw(image)
+    for index, color in enumerate(list(COLORS.values())[:6]):
         x, y = 4 + 20 * (index % 3), 8 + 30 * (index // 3)
-        canvas.ellipse([x, y, x + 16, y + 16], fill=colour)
+        canvas.ellipse([x, y, x + 16, y + 16], fill=color)
     for text in ("a large red circle at the left on white", "two red circles in a row on white"):
-        assert score(text, picture) < 0.2
+        assert score(text, image) < 0.2
 
 
 def test_blank_and_noise_score_near_zero():
@@ -144,12 +145,19 @@ def test_blank_and_noise_score_near_zero():
 
 def test_faint_and_tiny_objects_score_less():
     text = "a large red circle at the center on white"
-    picture = drawn(text)
-    faint = Image.blend(picture, Image.new("RGB", (SIZE, SIZE), BACKGROUNDS["white"]), 0.75)
+    image = drawn(text)
+    faint = Image.blend(image, Image.new("RGB", (SIZE, SIZE), BACKGROUNDS["white"]), 0.75)
     assert score(text, faint) < 0.6
     tiny = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS["white"])
-    ImageDraw.Draw(tiny).ellipse([29, 29, 34, 34], fill=COLOURS["red"])
+    ImageDraw.Draw(tiny).ellipse([29, 29, 34, 34], fill=COLORS["red"])
     assert score(text, tiny) < 0.4
+
+
+def test_without_scipy_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    image = Image.new("RGB", (SIZE, SIZE), (1, 2, 3))  # an image that no other test judges: judgments are cached
+    with pytest.raises(ImportError, match=r'need scipy .*`pip install "diffusers-mixgrpo\[demo\]"`'):
+        toy.toy_reward(CAPTIONS[:1], [image])
 
 
 def test_misdescribe_changes_the_asked_share_of_words():
@@ -157,7 +165,7 @@ def test_misdescribe_changes_the_asked_share_of_words():
     scene = toy.parse("a small red circle at the top on gray")
     assert misdescribe(scene, 0.0, rng) == scene
     wrong = [misdescribe(scene, 0.15, rng) for _ in range(4000)]
-    for attribute in ("colour", "shape", "place", "background", "size"):
+    for attribute in ("color", "shape", "place", "background", "size"):
         share = np.mean([getattr(other, attribute) != getattr(scene, attribute) for other in wrong])
         assert share == pytest.approx(0.15, abs=0.02), attribute
     assert {other.place for other in wrong} == set(PLACES)
