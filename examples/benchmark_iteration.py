@@ -1,22 +1,23 @@
-"""Times one training iteration of each published method, and says where the time goes.
+"""Times one training iteration of each published method, and each part of it.
 
     python examples/benchmark_iteration.py --output outputs/benchmark.json
     python examples/benchmark_iteration.py --grow --output outputs/grow.json
     python examples/benchmark_iteration.py --flux_dev --gradient_checkpointing --output outputs/flux_dev.json
 
-The first runs all five presets on the bundled tiny FLUX with the paper's T = 25, w = 4, G = 12 under these options:
+The first command runs all five presets on the bundled tiny FLUX, with T = 25, w = 4 and G = 12 as in the paper, under
+four sets of options:
 
 - `off`: each image computes its own prefix.
-- `shared-prefix`: a group computes it once. What `MixGRPOConfig` does by default.
-- `exact`: and one update per iteration, on the graph of the rollout, so that nothing is replayed.
-- `all`: and the approximations: a shorter prefix, a cache outside of the window, the extremes of each group only.
+- `shared-prefix`: a group computes it once, as `MixGRPOConfig` does by default.
+- `exact`: in addition, one update per iteration on the graph of the rollout, so that nothing is replayed.
+- `all`: in addition, approximations: a shorter prefix, a cache outside the window, only the extremes of each group.
 
-Passes are of equally many images, but for the same work one image and one step at a time. Cases take turns, with the
-window at places spread over a whole sweep. A ratio is one of a round's means, and the median round is reported. The
-baseline is DanceGRPO under the first of the options: as published.
+Forward passes hold the same number of images for all, except for one case that runs one image and one step at a time.
+In each round the cases take turns, with the window at positions spread over a whole sweep. Ratios are computed within
+a round, and the median over the rounds is reported. The baseline is DanceGRPO under the first set of options.
 
-`--flux_dev` builds a FLUX.1-dev-sized transformer with random weights on the device, which needs no download. There
-the window stands in the middle of its sweep: the cost of an iteration is linear in its place.
+`--flux_dev` builds a transformer of FLUX.1-dev's size with random weights on the device, so nothing is downloaded.
+There the window stays in the middle of its sweep: the cost of an iteration is linear in the window's position.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from benchmark_report import GROWTH_COLOURS, PARTS, PASSES, PUBLISHED, draw_growth, draw_presets, in_markdown
+from benchmark_report import GROWTH_STYLES, PARTS, PASSES, PUBLISHED, draw_growth, draw_presets, in_markdown
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from random_flux import build_flux_dev, iteration_flops
@@ -45,72 +46,106 @@ from transformers import PrinterCallback, TrainerCallback
 
 from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, toy
 from diffusers_mixgrpo.presets import ACCELERATIONS, PRESETS
+from diffusers_mixgrpo.training.phase_timer import PhaseTimer
 
 
 METHODS = ("dancegrpo", "flow-grpo", "mixgrpo", "mixgrpo-flash", "mixgrpo-flash-star")
 OPTIONS = tuple(ACCELERATIONS)
-GROW = {"num_generations": (4, 8, 12, 24), "num_inference_steps": (10, 15, 25, 50)}
-GROW |= {"window_size": (1, 2, 4, 8), "size": (32, 64, 96, 128)}
+GROW = {
+    "num_generations": (4, 8, 12, 24),
+    "num_inference_steps": (10, 15, 25, 50),
+    "window_size": (1, 2, 4, 8),
+    "size": (32, 64, 96, 128),
+}
+PHASE_PARTS = {"decoding": "decode", "reward": "reward"}  # the engine's phases that are one part as a whole
+TOY_DEFAULTS = {
+    "prompts": 4,
+    "size": 64,
+    "max_sequence_length": 12,
+    "rounds": 3,
+    "window_stride": 1,
+    "options": list(OPTIONS),
+}
+FLUX_DEV_DEFAULTS = {
+    "prompts": 1,
+    "size": 720,
+    "max_sequence_length": 512,
+    "rounds": 1,
+    "window_stride": 0,
+    "options": ["shared-prefix"],
+}
+
+
+def flag(help: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class BenchmarkArguments:
     presets: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods to time."})
-    options: list[str] | None = field(default=None, metadata={"help": "Some of off, shared-prefix, exact and all."})
-    prompts: int | None = field(default=None, metadata={"help": "Prompts of an iteration: 4 on the toy, 1 otherwise."})
-    num_generations: int = field(default=12, metadata={"help": "Images per prompt G."})
-    num_inference_steps: int = field(default=25, metadata={"help": "Sampling steps T."})
-    window_size: int = field(default=4, metadata={"help": "Stochastic steps w of the MixGRPO presets."})
-    updates: int = field(default=4, metadata={"help": "Optimizer steps per iteration, of 'off' and 'shared-prefix'."})
-    size: int | None = field(default=None, metadata={"help": "Height and width in pixels: 64 on the toy, or 720."})
-    max_sequence_length: int | None = field(default=None, metadata={"help": "Text tokens: 12 on the toy, or 512."})
-    rounds: int | None = field(default=None, metadata={"help": "Repetitions: 3 on the toy, 1 otherwise."})
-    window_stride: int | None = field(
-        default=None, metadata={"help": "From place to place: 1, or 0: only the middle."}
-    )
-    batch_size: int | None = field(default=None, metadata={"help": "Images per pass. All of an iteration if unset."})
-    replay_batch_size: int | None = field(default=None, metadata={"help": "The same in the replay, if another."})
-    full: bool = field(default=False, metadata={"help": "Train all weights, and not a LoRA."})
-    grow: bool = field(default=False, metadata={"help": "Time growing G, T, w and pictures instead."})
-    flux_dev: bool = field(default=False, metadata={"help": "A transformer as large as FLUX.1-dev's, random weights."})
-    flux_dev_layers: list[int] | None = field(default=None, metadata={"help": "Its double and single blocks: 19 38."})
-    flux_dev_heads: int = field(default=24, metadata={"help": "Its attention heads of 128."})
-    compile: bool = field(default=False, metadata={"help": "Compile the transformer's blocks."})
-    attention_backend: str | None = field(default=None, metadata={"help": "One of diffusers'."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Compute activations again to save memory."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "With `flux_dev`: NF4 weights, by bitsandbytes."})
-    output: str | None = field(default=None, metadata={"help": "JSON file. The figure is put beside it, as .png."})
+    options: list[str] | None = flag("Some of off, shared-prefix, exact and all.")
+    prompts: int | None = flag("Prompts per iteration. 4 on the toy, 1 otherwise.")
+    num_generations: int = flag("Images per prompt G.", 12)
+    num_inference_steps: int = flag("Denoising steps T.", 25)
+    window_size: int = flag("Window size w of the MixGRPO presets.", 4)
+    updates: int = flag("Optimizer steps per iteration under all options except exact.", 4)
+    size: int | None = flag("Height and width in pixels. 64 on the toy, 720 otherwise.")
+    max_sequence_length: int | None = flag("Text tokens per prompt. 12 on the toy, 512 otherwise.")
+    rounds: int | None = flag("Repetitions. 3 on the toy, 1 otherwise.")
+    window_stride: int | None = flag("Steps between timed window positions; 0 times only the middle one.")
+    batch_size: int | None = flag("Images per forward pass. All images of an iteration if unset.")
+    replay_batch_size: int | None = flag("Transitions per forward pass of the replay. `batch_size` if unset.")
+    full: bool = flag("Train all weights instead of a LoRA.", False)
+    grow: bool = flag("Time growing numbers of G, T, w and pixels instead.", False)
+    flux_dev: bool = flag("Use a transformer of FLUX.1-dev's size with random weights.", False)
+    flux_dev_layers: list[int] | None = flag("Its numbers of double and single blocks. 19 38 if unset.")
+    flux_dev_heads: int = flag("Its number of attention heads, of dimension 128.", 24)
+    compile: bool = flag("Compile the transformer's blocks.", False)
+    attention_backend: str | None = flag("A diffusers attention backend.")
+    gradient_checkpointing: bool = flag("Recompute activations in the backward pass to save memory.", False)
+    load_in_4bit: bool = flag("With `flux_dev`: NF4 weights, with bitsandbytes.", False)
+    output: str | None = flag("JSON file. The figure is saved next to it, as .png.")
 
-    def __post_init__(self):
-        toys = {"prompts": 4, "size": 64, "max_sequence_length": 12, "rounds": 3, "window_stride": 1}
-        large = {"prompts": 1, "size": 720, "max_sequence_length": 512, "rounds": 1, "window_stride": 0}
-        toys["options"], large["options"] = OPTIONS, ("shared-prefix",)
-        for name, value in (large if self.flux_dev else toys).items():
-            setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
-        for name, legal in (("presets", METHODS), ("options", OPTIONS)):
-            if unknown := set(getattr(self, name)) - set(legal):
-                raise ValueError(f"`{name}` must be among {', '.join(legal)}, got {', '.join(sorted(unknown))}.")
-            setattr(self, name, [choice for choice in legal if choice in getattr(self, name)])
+    def __post_init__(self) -> None:
+        for name, default in (FLUX_DEV_DEFAULTS if self.flux_dev else TOY_DEFAULTS).items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        self.presets = _in_order("presets", self.presets, METHODS)
+        self.options = _in_order("options", self.options, OPTIONS)
         if self.load_in_4bit and (self.full or not self.flux_dev):
-            raise ValueError("`load_in_4bit=True` is for `flux_dev=True` with a LoRA: leave out `full`.")
+            raise ValueError(
+                f"`load_in_4bit` must be False with `flux_dev={self.flux_dev}` and `full={self.full}`, got True. Use "
+                "it with `flux_dev` and without `full`."
+            )
         if self.images % self.updates:
-            raise ValueError(f"`updates={self.updates}` must divide prompts * num_generations = {self.images}.")
+            raise ValueError(
+                f"`updates` must divide prompts * num_generations = {self.images}, got {self.updates}. Use 1 or a "
+                "divisor."
+            )
 
     @property
     def images(self) -> int:
+        """Images per iteration."""
         return self.prompts * self.num_generations
+
+
+def _in_order(name: str, chosen: list[str], choices: Sequence[str]) -> list[str]:
+    """The chosen ones in the order of `choices`."""
+    if unknown := sorted(set(chosen) - set(choices)):
+        raise ValueError(f"`{name}` must be among {', '.join(choices)}, got {', '.join(unknown)}.")
+    return [choice for choice in choices if choice in chosen]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: a preset, what is set otherwise than there, and the window's places in one round."""
+    """One thing to time: a preset, the settings that differ from it, and the window positions of one round."""
 
     preset: str
     settings: dict[str, Any]
-    places: Sequence[int]
+    positions: Sequence[int]
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> None:
     for library in (diffusers_logging, transformers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
@@ -118,162 +153,208 @@ def main(argv: list[str] | None = None):
     results = {"command": shlex.join(sys.argv[1:] if argv is None else argv), "setting": dataclasses.asdict(args)}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, folder)
-        results |= {"machine": machine(bench.device), "matmul_peak_tflops": matmul_peak(bench.device)}
+        results["machine"] = machine(bench.device)
+        results["matmul_peak_tflops"] = matmul_peak(bench.device)
         results |= time_growth(bench, args) if args.grow else time_presets(bench, args)
     print(in_markdown(results))
     if args.output:
         file = Path(args.output)
+        figure = file.with_suffix(".png")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=1), encoding="utf-8")
-        (draw_growth if args.grow else draw_presets)(results, file.with_suffix(".png"))
-        print(f"\nWritten to {file} and {file.with_suffix('.png')}.")
+        draw = draw_growth if args.grow else draw_presets
+        draw(results, figure)
+        print(f"\nWritten to {file} and {figure}.")
 
 
-# ---- What is timed ----
+# ---- Cases ----
 
 
 def time_presets(bench: "Bench", args: BenchmarkArguments) -> dict[str, Any]:
-    """All presets under all options, and on the toy one image and one step at a time."""
+    """All presets under all options and, on the toy, one image and one step at a time."""
     cases = {(option, preset): make_case(args, preset, option) for option in args.options for preset in args.presets}
-    if one_by_one := "mixgrpo" in args.presets and not args.flux_dev:
+    has_one_by_one = "mixgrpo" in args.presets and not args.flux_dev
+    if has_one_by_one:
         cases["one-by-one", "mixgrpo"] = make_case(args, "mixgrpo", "one-by-one")
-    entries, first = bench.measure(cases), args.options[0]
+    entries = bench.measure(cases)
     options = {option: {preset: entries[option, preset] for preset in args.presets} for option in args.options}
+    first = args.options[0]
     for group in options.values():
         for entry in group.values():
             compare(entry, options[first].get("dancegrpo"), "ratio_to_dancegrpo")
             compare(entry, group.get("dancegrpo"), "ratio_under_same_options")
-    # The baselines as published, ours with the options that leave its result as it is
+    # The baselines as published, MixGRPO with the options that do not change its result
     exact = next((option for option in ("exact", "shared-prefix") if option in options), first)
-    chosen = {preset: exact if preset in PUBLISHED else first for preset in args.presets}
-    presets = {preset: {"options": option, **options[option][preset]} for preset, option in chosen.items()}
-    results = {"presets": presets, "options": options}
-    if one_by_one:
-        slow, same = entries["one-by-one", "mixgrpo"], "shared-prefix" if "shared-prefix" in options else first
-        compare(slow, options[same]["mixgrpo"], "ratio_to_batched")
-        options["one-by-one"], results["one_by_one_speedup"] = {"mixgrpo": slow}, slow["ratio_to_batched"]
+    presets = {}
+    for preset in args.presets:
+        option = exact if preset in PUBLISHED else first
+        presets[preset] = {"options": option, **options[option][preset]}
+    results: dict[str, Any] = {"presets": presets, "options": options}
+    if has_one_by_one:
+        slow = entries["one-by-one", "mixgrpo"]
+        batched = options["shared-prefix" if "shared-prefix" in options else first]["mixgrpo"]
+        compare(slow, batched, "ratio_to_batched")
+        options["one-by-one"] = {"mixgrpo": slow}
+        results["one_by_one_speedup"] = slow["ratio_to_batched"]
     return results
 
 
 def time_growth(bench: "Bench", args: BenchmarkArguments) -> dict[str, Any]:
     """Cost of DanceGRPO and MixGRPO as one number grows: `grow.<number>.<value>.<preset>`."""
-    presets = [preset for preset in args.presets if preset in GROWTH_COLOURS]
+    presets = [preset for preset in args.presets if preset in GROWTH_STYLES]
     cases = {}
     for axis, values in GROW.items():
         for value in values:
             changed = dataclasses.replace(args, **{axis: value}, window_stride=0)
             cases |= {(axis, value, preset): make_case(changed, preset, "shared-prefix") for preset in presets}
-    entries, grow = bench.measure(cases), {axis: {str(value): {} for value in GROW[axis]} for axis in GROW}
-    for (axis, value, preset), entry in entries.items():
-        grow[axis][str(value)][preset] = entry
+    grow: dict[str, dict[str, dict[str, Any]]] = {}
+    for (axis, value, preset), entry in bench.measure(cases).items():
+        grow.setdefault(axis, {}).setdefault(str(value), {})[preset] = entry
     return {"grow": grow}
 
 
 def make_case(args: BenchmarkArguments, preset: str, option: str) -> Case:
-    """The preset at this size under an option. Its window stands, and is moved from turn to turn."""
-    settings = {
-        name: getattr(args, name) for name in ("num_generations", "num_inference_steps", "max_sequence_length")
+    """The preset at this size under an option. Its window is frozen; the benchmark moves it."""
+    is_one_by_one = option == "one-by-one"
+    settings: dict[str, Any] = {
+        "num_generations": args.num_generations,
+        "num_inference_steps": args.num_inference_steps,
+        "max_sequence_length": args.max_sequence_length,
+        "height": args.size,
+        "width": args.size,
+        "window_strategy": "frozen",
     }
-    settings |= {"height": args.size, "width": args.size, "window_strategy": "frozen"}
     if PRESETS[preset]["window_size"] != -1:
         settings["window_size"] = args.window_size
-    settings |= ACCELERATIONS["off" if option == "one-by-one" else option]
-    settings |= {"merge_lora": False} if args.full else {}
-    batch, updates = args.batch_size or args.images, 1 if settings.get("reuse_rollout_graph") else args.updates
-    settings |= {"steps_per_generation": updates, "per_device_train_batch_size": args.images // updates}
-    settings |= {"sample_batch_size": batch, "replay_batch_size": args.replay_batch_size or batch}
+    settings |= ACCELERATIONS["off" if is_one_by_one else option]
+    if args.full:
+        settings["merge_lora"] = False
+    updates = 1 if settings.get("reuse_rollout_graph") else args.updates
+    batch_size = args.batch_size or args.images
+    settings["steps_per_generation"] = updates
+    settings["per_device_train_batch_size"] = args.images // updates
+    settings["sample_batch_size"] = 1 if is_one_by_one else batch_size
+    settings["replay_batch_size"] = 1 if is_one_by_one else args.replay_batch_size or batch_size
+
     last = args.num_inference_steps - 1 - args.window_size
-    places = [*range(0, last, args.window_stride), last] if args.window_stride else [last // 2]
-    if option == "one-by-one":
-        settings |= {"sample_batch_size": 1, "replay_batch_size": 1}
-        places = [last // 2]
-    elif PRESETS[preset]["window_strategy"] == "frozen":
-        places = [0] * min(3, len(places))
-    return Case(preset, settings, places)
+    if is_one_by_one or not args.window_stride:
+        positions = [last // 2]
+    else:
+        positions = [*range(0, last, args.window_stride), last]
+    if PRESETS[preset]["window_strategy"] == "frozen" and not is_one_by_one:
+        positions = [0] * min(3, len(positions))
+    return Case(preset, settings, positions)
 
 
 class Bench:
-    """Runs iterations of cases, all on the same pipeline."""
+    """Runs iterations of cases, all with the same pipeline."""
 
-    def __init__(self, args: BenchmarkArguments, folder: str):
-        self.args, self.folder = args, folder
+    def __init__(self, args: BenchmarkArguments, folder: str) -> None:
+        self.args = args
+        self.folder = folder
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.pipe = build_flux_dev(args, self.device) if args.flux_dev else toy.load()
-        self.stopwatch = Stopwatch(self.pipe.transformer, self.device, None if args.flux_dev else toy.toy_reward)
+        self.score: Callable[..., list[float]] | None = None if args.flux_dev else toy.toy_reward
+        self.stopwatch = Stopwatch(self.device)
+        self.stopwatch.watch(self.pipe.transformer)
         self.trainers: dict[Any, MixGRPOTrainer] = {}
+        # Each `train()` collects garbage, which takes as long as an iteration if it visits all objects so far.
+        gc.collect()
+        gc.freeze()
 
     def measure(self, cases: dict[Any, Case]) -> dict[Any, dict[str, Any]]:
-        """An entry per case. On the toy the cases take turns; a large model is trained case by case."""
-        rounds: dict[Any, list[list[dict]]] = {key: [[] for _ in range(self.args.rounds)] for key in cases}
-        turns = [
-            (number, index / len(case.places), key, place)
-            for key, case in cases.items()
-            for number in range(self.args.rounds)
-            for index, place in enumerate(case.places)
-        ]
+        """One entry per case. On the toy the cases take turns; a large model is trained case by case."""
+        records: dict[Any, list[list[dict[str, Any]]]] = {key: [[] for _ in range(self.args.rounds)] for key in cases}
+        turns = []
+        for key, case in cases.items():
+            for number in range(self.args.rounds):
+                for index, position in enumerate(case.positions):
+                    turns.append((number, index / len(case.positions), key, position))
         if not self.args.flux_dev:
             turns.sort(key=lambda turn: turn[:2])
         failed = set()
-        for number, _, key, place in tqdm(turns):
+        for number, _, key, position in tqdm(turns):
+            if key in failed:
+                continue
             try:
-                if key not in failed:
-                    rounds[key][number].append(self._run(key, cases[key], place))
+                records[key][number].append(self.run(key, cases[key], position))
             except torch.OutOfMemoryError:
                 failed.add(key)
                 self.pipe.transformer.zero_grad()
-        entries = {key: self._entry(cases[key], rounds[key]) for key in cases if key not in failed}
-        return {key: entries.get(key, {"error": "out of memory"}) for key in cases}
+        entries = {}
+        for key, case in cases.items():
+            entries[key] = {"error": "out of memory"} if key in failed else self._entry(case, records[key])
+        return entries
 
-    def _run(self, key: Any, case: Case, place: int) -> dict[str, Any]:
-        """One iteration with the window at `place`. To warm up, the first of a case is done twice if that is cheap."""
-        if is_new := key not in self.trainers:
+    def run(self, key: Any, case: Case, position: int) -> dict[str, Any]:
+        """One iteration with the window at `position`. To warm up, the first of a case runs twice if that is cheap."""
+        is_new = key not in self.trainers
+        if is_new:
             if self.args.flux_dev:  # the optimizer's moments alone are several GB
                 self.trainers.clear()
                 gc.collect()
                 torch.cuda.empty_cache()
             self.trainers[key] = self._make_trainer(case)
         trainer = self.trainers[key]
-        trainer.window_schedule = dataclasses.replace(trainer.window_schedule, start=place)
-        self.stopwatch.trainer = trainer
+        engine = trainer.engine
+        engine.window_schedule = dataclasses.replace(engine.window_schedule, start=position)
+        self.stopwatch.engine = engine
         warms_up = is_new and (not self.args.flux_dev or self.args.compile)
         for _ in range(1 + warms_up):
             trainer.train()
         return self.stopwatch.record
 
+    def reward(self, prompts: list[str], images: list[Any], **columns: Any) -> list[float]:
+        """The score and a small term that differs between images: no advantage is 0, so every image is replayed."""
+        scores = self.score(prompts, images) if self.score else [0.0] * len(images)
+        differences = np.random.default_rng(0).normal(scale=1e-3, size=len(images)).tolist()
+        return [score + difference for score, difference in zip(scores, differences, strict=True)]
+
     def _make_trainer(self, case: Case) -> MixGRPOTrainer:
-        args, transformer = self.args, self.pipe.transformer
-        is_first = not getattr(transformer, "_is_accelerate_prepared", False)
-        quiet = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-        quiet |= {"gradient_checkpointing": True} if args.gradient_checkpointing else {}
-        quiet |= {"compile_repeated_blocks": args.compile, "attention_backend": args.attention_backend}
-        quiet |= {"use_cpu": self.device.type == "cpu", "dataloader_pin_memory": False, "output_dir": self.folder}
-        steps, rank = case.settings["steps_per_generation"], 64 if args.flux_dev else 16
-        config = MixGRPOConfig.from_preset(case.preset, **case.settings, **quiet, max_steps=steps)
+        args = self.args
+        config = MixGRPOConfig.from_preset(
+            case.preset,
+            **case.settings,
+            max_steps=case.settings["steps_per_generation"],
+            compile_repeated_blocks=args.compile,
+            attention_backend=args.attention_backend,
+            use_cpu=self.device.type == "cpu",
+            dataloader_pin_memory=False,
+            output_dir=self.folder,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),
+        )
+        # Later trainers go on with the LoRA of the first one.
+        has_lora = bool(getattr(self.pipe.transformer, "peft_config", None))
+        rank = 64 if args.flux_dev else 16
         trainer = MixGRPOTrainer(
             model=self.pipe,
-            reward_funcs=self.stopwatch.reward,
+            reward_funcs=self.reward,
             args=config,
             train_dataset=[{"prompt": text} for text in toy.prompts("train", config.prompts_per_iteration)],
-            # The other trainers go on with the LoRA of the first
-            peft_config=LoraConfig(r=rank, lora_alpha=2 * rank) if is_first and not args.full else None,
-            callbacks=[self.stopwatch],
+            peft_config=None if has_lora or args.full else LoraConfig(r=rank, lora_alpha=2 * rank),
+            callbacks=[StopwatchCallback(self.stopwatch)],
         )
         trainer.remove_callback(PrinterCallback)
-        policy, accelerator, during = trainer.policy, trainer.accelerator, self.stopwatch.during
-        policy.decode = during("decode")(policy.decode)
-        accelerator.backward = during("replay_backward", then="optimizer")(accelerator.backward)
+        trainer.engine.timer = self.stopwatch
+        trainer.accelerator.backward = self.stopwatch.during_backward(trainer.accelerator.backward)
         return trainer
 
-    def _entry(self, case: Case, rounds: list[list[dict]]) -> dict[str, Any]:
+    def _entry(self, case: Case, records: list[list[dict[str, Any]]]) -> dict[str, Any]:
         """The round of median time, and the times of all rounds."""
-        means = [mean_record(records) for records in rounds]
+        means = [mean_record(records_of_round) for records_of_round in records]
         entry = sorted(means, key=lambda mean: mean["seconds_per_iteration"])[(len(means) - 1) // 2]
-        seconds, forward = entry["seconds_per_iteration"], entry.pop("forward_seconds")
-        in_transformer = forward + entry["parts"]["replay_backward"]
-        entry |= {"transformer_share": in_transformer / seconds, "updates": case.settings["steps_per_generation"]}
-        if "ode_cache" not in case.settings:  # with it a pass leaves out most of the blocks
+        seconds = entry["seconds_per_iteration"]
+        in_transformer = entry.pop("forward_seconds") + entry["parts"]["replay_backward"]
+        entry["transformer_share"] = in_transformer / seconds
+        entry["updates"] = case.settings["steps_per_generation"]
+        if "ode_cache" not in case.settings:  # with a cache, a forward pass skips most of the blocks
             flops = iteration_flops(self.pipe, case.settings, entry["passes"], self.args.full)
-            entry |= {"tflops": flops / seconds / 1e12, "tflops_in_transformer": flops / in_transformer / 1e12}
+            entry["tflops"] = flops / seconds / 1e12
+            entry["tflops_in_transformer"] = flops / in_transformer / 1e12
         for name in ("seconds_per_iteration", "cpu_seconds_per_iteration"):
             entry[f"{name}_of_rounds"] = [mean[name] for mean in means]
         return entry
@@ -282,78 +363,111 @@ class Bench:
 # ---- Timing ----
 
 
-class Stopwatch(TrainerCallback):
+class Stopwatch(PhaseTimer):
     """
-    Splits the time of an iteration into parts. A part lasts until the next begins, so that they make up the whole.
+    Splits the time of an iteration into parts. A part lasts until the next one begins, so they add up to the whole.
 
-    On a GPU it waits for the device at each border. It is the reward too, which ends the rollout.
+    It takes the place of the engine's timer, whose phases it refines. On a GPU it waits for the device between parts.
+
+    Attributes:
+        record (`dict[str, Any]`): The measurements of the last iteration.
+        engine ([`~diffusers_mixgrpo.training.engine.Engine`]): The engine whose iteration is timed.
+        phase_name (`str`): The engine's current phase, or `""`.
     """
 
-    def __init__(self, transformer: torch.nn.Module, device: torch.device, score: Callable[..., list[float]] | None):
-        self.device, self.score = device, score
-        self.trainer: Any = None
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.engine: Any = None
         self.record: dict[str, Any] = {}
-        self.running, self.sampling, self.part = False, False, "rest"
-        transformer.register_forward_pre_hook(self._before_pass, with_kwargs=True)
-        transformer.register_forward_hook(self._after_pass)
+        self.phase_name = ""
+        self._is_running = False
+        self._part = "rest"
+        self._start = 0.0
+        self._cpu_start = 0.0
+        self._part_start = 0.0
+        self._forward_start = 0.0
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            self.record = {"seconds_per_iteration": 0.0, "cpu_seconds_per_iteration": 0.0, "forward_seconds": 0.0}
-            self.record |= {"parts": dict.fromkeys(PARTS, 0.0), "passes": dict.fromkeys(PASSES, 0)}
-            self.sampling = True
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-        self.running, self.part = True, "rest"
-        self.begun = self.since = self._now()
-        self.cpu_begun = time.process_time()
+    def watch(self, transformer: torch.nn.Module) -> None:
+        """Time the forward passes of a module."""
+        transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        transformer.register_forward_hook(self._after_forward)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def begin_iteration(self) -> None:
+        self.record = {
+            "seconds_per_iteration": 0.0,
+            "cpu_seconds_per_iteration": 0.0,
+            "forward_seconds": 0.0,
+            "parts": dict.fromkeys(PARTS, 0.0),
+            "passes": dict.fromkeys(PASSES, 0),
+        }
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def begin_step(self) -> None:
+        self._is_running = True
+        self._part = "rest"
+        self._start = self._now()
+        self._cpu_start = time.process_time()
+        self._part_start = self._start
+
+    def end_step(self) -> None:
         self._switch("rest")
-        self.running = False
-        self.record["seconds_per_iteration"] += self.since - self.begun
-        self.record["cpu_seconds_per_iteration"] += time.process_time() - self.cpu_begun
+        self._is_running = False
+        self.record["seconds_per_iteration"] += self._part_start - self._start
+        self.record["cpu_seconds_per_iteration"] += time.process_time() - self._cpu_start
         if self.device.type == "cuda":
             self.record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
 
-    def reward(self, prompts: list[str], images: list[Any], **columns: Any) -> list[float]:
-        """The score, and a little that differs from image to image: none is left out for an advantage of 0."""
-        with self.during("reward", then="rest"):
-            scores = self.score(prompts, images) if self.score else [0.0] * len(images)
-        self.sampling &= not self.running  # before training it is tried on two pictures
-        little = np.random.default_rng(0).normal(scale=1e-3, size=len(images)).tolist()
-        return [score + extra for score, extra in zip(scores, little, strict=True)]
-
     @contextlib.contextmanager
-    def during(self, part: str, then: str | None = None) -> Iterator[None]:
-        """What is done inside is of this part; also decorates functions."""
-        then = then or self.part
-        self._switch(part)
-        yield
-        self._switch(then)
+    def phase(self, name: str) -> Iterator[None]:
+        self.phase_name = name
+        if name in PHASE_PARTS:
+            self._switch(PHASE_PARTS[name])
+        try:
+            with super().phase(name):
+                yield
+        finally:
+            self.phase_name = ""
+            if name in PHASE_PARTS:
+                self._switch("rest")
 
-    def _before_pass(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if self.running:
-            part = self._part_of_pass()
+    def during_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, timed. The time after it is the optimizer's, until the next part begins."""
+
+        def timed_backward(*args: Any, **kwargs: Any) -> Any:
+            self._switch("replay_backward")
+            result = backward(*args, **kwargs)
+            self._switch("optimizer")
+            return result
+
+        return timed_backward
+
+    def _before_forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._is_running:
+            part = self._part_of_forward()
             self._switch(part)
             self.record["passes"][part] += kwargs["hidden_states"].shape[0]
-            self.pass_begun = self.since
+            self._forward_start = self._part_start
 
-    def _after_pass(self, module: Any, args: Any, output: Any) -> None:
-        if self.running:
-            self.record["forward_seconds"] += self._now() - self.pass_begun
+    def _after_forward(self, module: Any, args: Any, output: Any) -> None:
+        if self._is_running:
+            self.record["forward_seconds"] += self._now() - self._forward_start
 
-    def _part_of_pass(self) -> str:
-        scheduler = self.trainer.noise_scheduler
-        index = scheduler.step_index or 0  # None before the first step
-        rollout = "prefix" if index < scheduler.window.start else "window" if index in scheduler.window else "suffix"
-        return rollout if self.sampling else "replay_forward"
+    def _part_of_forward(self) -> str:
+        if self.phase_name == "training":
+            return "replay_forward"
+        scheduler = self.engine.scheduler
+        step = scheduler.step_index or 0  # None before the first step
+        if step in scheduler.window:
+            return "window"
+        return "prefix" if step < scheduler.window.start else "suffix"
 
     def _switch(self, part: str) -> None:
-        if self.running:
+        if self._is_running:
             now = self._now()
-            self.record["parts"][self.part] += now - self.since
-            self.part, self.since = part, now
+            self.record["parts"][self._part] += now - self._part_start
+            self._part = part
+            self._part_start = now
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -361,25 +475,46 @@ class Stopwatch(TrainerCallback):
         return time.perf_counter()
 
 
+class StopwatchCallback(TrainerCallback):
+    """Starts and stops the stopwatch with each optimizer step of a trainer."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self.stopwatch = stopwatch
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.stopwatch.begin_iteration()
+        self.stopwatch.begin_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stopwatch.end_step()
+
+
 def mean_record(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The mean of each number over iterations."""
-    columns = {name: [record[name] for record in records] for name in records[0]}
-    return {n: mean_record(v) if isinstance(v[0], dict) else statistics.fmean(v) for n, v in columns.items()}
+    mean: dict[str, Any] = {}
+    for name, first in records[0].items():
+        values = [record[name] for record in records]
+        mean[name] = mean_record(values) if isinstance(first, dict) else statistics.fmean(values)
+    return mean
 
 
 def compare(entry: dict[str, Any], base: dict[str, Any] | None, name: str) -> None:
-    """Add the ratio of times, wall and CPU: the median over rounds of `entry / base`; None where one is missing."""
+    """Add the ratios of wall time and CPU time: the median over rounds of `entry / base`, None if one is missing."""
     for clock in ("", "cpu_"):
-        own, other = ((e or {}).get(f"{clock}seconds_per_iteration_of_rounds", []) for e in (entry, base))
-        ratios = [a / b for a, b in zip(own, other, strict=False)]
+        key = f"{clock}seconds_per_iteration_of_rounds"
+        own_times = entry.get(key, [])
+        base_times = base.get(key, []) if base else []
+        ratios = [own / other for own, other in zip(own_times, base_times, strict=False)]
         entry[clock + name] = statistics.median(ratios) if ratios else None
 
 
 def matmul_peak(device: torch.device) -> float:
-    """TFLOP/s of the best of some large matrix products: bfloat16 on a GPU, float32 on a CPU."""
-    on_gpu, seconds = device.type == "cuda", []
-    size = 8192 if on_gpu else 1024
-    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    """TFLOP/s of the fastest of several large matrix products: bfloat16 on a GPU, float32 on a CPU."""
+    is_gpu = device.type == "cuda"
+    size = 8192 if is_gpu else 1024
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if is_gpu else torch.float32)
+    seconds = []
     for _ in range(13):
         start = time.perf_counter()
         (matrix @ matrix)[0, 0].item()  # waits for the device
@@ -388,8 +523,9 @@ def matmul_peak(device: torch.device) -> float:
 
 
 def machine(device: torch.device) -> str:
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
-    return f"{where}, torch {torch.__version__}"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"CPU, threads: {torch.get_num_threads()}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -1,109 +1,150 @@
-"""Who may import whom: the order in which the package can be read."""
+"""The order in which the package can be read: who may import whom, who may name a pipeline family, what has a type."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 import diffusers_mixgrpo
+from diffusers_mixgrpo.policies import FAMILIES, policy_class
 
 
 PACKAGE = Path(diffusers_mixgrpo.__file__).parent
+TESTS = Path(__file__).parent
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
 
-# Module -> the package's modules that it may import. A folder's name stands for all of its modules.
-ALLOWED: dict[str, set[str]] = {
-    "kernels": set(),
-    "window_schedule": set(),
-    "hybrid_inference": set(),
-    "advantages": set(),
-    "prompt_sampler": set(),
-    "prompt_embeds": {"prompt_sampler"},
-    "iteration_callback": set(),
-    "iteration_draws": set(),
-    "progress_callback": set(),
+# Folder, or file at the top -> the package's folders and files that it may import
+ALLOWED = {
+    "core": {"core", "scheduling_mixed_ode_sde"},
+    "scheduling_mixed_ode_sde": {"core"},
     "presets": set(),
-    "sample_grid": set(),
-    "accelerated_ode": set(),
-    "model_card": set(),
-    "trained_weights": set(),
-    "policies": {"policies"},
-    "rewards": {"rewards"},
+    "mixgrpo_config": {"core", "presets", "scheduling_mixed_ode_sde"},
+    "policies": {"policies", "core", "mixgrpo_config"},
+    "rewards": {"rewards", "core"},
+    "training": {"training", "core", "policies", "rewards", "mixgrpo_config", "scheduling_mixed_ode_sde"},
+    "reports": {"reports", "policies", "mixgrpo_config"},
+    "hybrid_inference": set(),
     "toy": {"toy"},
-    "scheduling_mixed_ode_sde": {"kernels"},
-    "rollout": {"kernels", "scheduling_mixed_ode_sde"},
-    "reward_calls": {"advantages"},
-    "mixgrpo_config": {"advantages", "presets", "window_schedule"},
-    "quantization": set(),
-    "prepare_pipeline": {"mixgrpo_config", "policies", "quantization", "scheduling_mixed_ode_sde"},
-    "peak_memory": set(),
-    "replay_batch_size": set(),
-    "preflight_report": set(),
-    "preflight": {
-        "advantages",
-        "iteration_draws",
-        "peak_memory",
-        "preflight_report",
-        "prepare_pipeline",
-        "prompt_sampler",
-        "replay_batch_size",
-        "rollout",
-        "scheduling_mixed_ode_sde",
-    },
 }
-MAY_IMPORT_TRL = {"mixgrpo_trainer", "mixgrpo_config"}
+AT_THE_TOP = {"__init__", "mixgrpo_trainer"}  # may import everything
+
+# Parameters that name one of the package's nouns must have its type
+NOUNS = ("policy", "conditioning", "trajectory", "plan", "settings", "rollout", "engine", "trainer", "transitions")
 
 
 def imports(module: str) -> set[str]:
-    """Names of the modules that `module` imports, those of this package as `.name`, wherever in the file."""
+    """The package's modules that `module` imports, wherever in the file, as paths such as `core/rollout`."""
     found = set()
-    parts = module.split("/")
+    folder = module.split("/")[:-1]
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            if node.level == 0:
-                found.add(node.module or "")
-            else:
-                base = parts[: len(parts) - node.level]
-                names = [node.module] if node.module else [alias.name for alias in node.names]
-                found |= {"." + ".".join([*base, *name.split(".")]) for name in names}
-    prefix = PACKAGE.name
-    return {"." + name.removeprefix(prefix).lstrip(".") if name.split(".")[0] == prefix else name for name in found}
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            base = folder[: len(folder) - (node.level - 1)]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {"/".join([*base, *name.split(".")]) for name in names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
+            found.add("/".join(node.module.split(".")[1:]))
+        elif isinstance(node, ast.Import):
+            own = [alias.name.split(".") for alias in node.names if alias.name.split(".")[0] == PACKAGE.name]
+            found |= {"/".join(parts[1:]) for parts in own}
+    return found
+
+
+def functions(module: str) -> list[ast.FunctionDef]:
+    return [n for n in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(n, ast.FunctionDef)]
+
+
+def parameters(function: ast.FunctionDef) -> list[ast.arg]:
+    return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+
+
+def code_without_docstrings(path: Path) -> str:
+    """The code of a file, which `ast.unparse` writes without comments."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            texts = [n for n in body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+            node.body = [n for n in body if n not in texts] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 def test_the_rules_find_imports():
-    assert ".kernels" in imports("rollout")
-    assert ".policies.flux" in imports("policies/__init__")
-    assert "torch" in imports("policies/flux")
+    assert {"core/transitions", "scheduling_mixed_ode_sde"} <= imports("core/rollout")
+    assert "core/policy" in imports("policies/flux")
+    assert "rewards/runner" in imports("training/engine")
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_who_imports_whom(module):
-    own = module.split("/")[0]
-    if own not in ALLOWED:
-        assert own in ("__init__", "mixgrpo_trainer"), f"say in ALLOWED what {own} may import"
+    room = module.split("/")[0]
+    if room in AT_THE_TOP:
         return
-    used = {name[1:].split(".")[0] for name in imports(module) if name.startswith(".")}
-    assert used <= ALLOWED[own], f"{module} imports {sorted(used - ALLOWED[own])}"
+    assert room in ALLOWED, f"say in ALLOWED what {room} may import"
+    used = {name.split("/")[0] for name in imports(module)}
+    assert used <= ALLOWED[room], f"{module} imports {sorted(used - ALLOWED[room])}"
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_who_imports_trl(module):
-    if module not in MAY_IMPORT_TRL:
-        assert not any(name.split(".")[0] == "trl" for name in imports(module))
+def test_no_function_outside_the_trainers_file_takes_a_trainer(module):
+    takes = [f.name for f in functions(module) if any("trainer" in p.arg for p in parameters(f))]
+    assert takes == []
+    assert not re.search(r"\btrl\b", code_without_docstrings(MODULES[module]))
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_only_the_policies_know_flux(module):
-    # The config and the trainer may name a FluxPipeline, since they are given one; none looks inside.
-    if module.split("/")[0] in ("policies", "toy", "hybrid_inference"):
-        return
-    # `cache_prompt_embeds` is the option, of whatever family.
-    text = MODULES[module].read_text().replace("cache_prompt_embeds", "").replace(".prompt_embeds import", "")
-    assert "FluxTransformer2DModel" not in text or module == "model_card"
-    for detail in ("prompt_embeds", "guidance_embeds", "vae_scale_factor", "pooled"):
+def test_nouns_have_types(module):
+    untyped = [
+        f"{function.name}({parameter.arg})"
+        for function in functions(module)
+        for parameter in parameters(function)
+        if parameter.arg in NOUNS and (parameter.annotation is None or "Any" in ast.unparse(parameter.annotation))
+        if not (parameter.arg == "settings" and "dict" in ast.unparse(parameter.annotation))
+    ]
+    assert untyped == []
+
+
+# ---- Families ----
+
+
+def names_of_families() -> set[str]:
+    """Names of the families, of their classes, and of the layers that their LoRAs adapt."""
+    names = set()
+    for pipeline in FAMILIES:
+        policy = policy_class(pipeline)
+        names |= {policy.family, pipeline, policy.__name__, *policy.lora_target_modules}
+    return names
+
+
+# The toy bundles a pipeline of one family; its files are data.
+OUTSIDE_POLICIES = sorted(name for name in MODULES if name.split("/")[0] != "policies")
+CORE_TESTS = sorted(path.relative_to(TESTS).as_posix() for path in (TESTS / "core").rglob("*.py"))
+
+
+@pytest.mark.parametrize("module", OUTSIDE_POLICIES)
+def test_only_the_policies_name_a_family(module):
+    code = code_without_docstrings(MODULES[module]).lower()
+    for name in names_of_families():
+        assert name.lower() not in code
+    text = MODULES[module].read_text()
+    for name in FAMILIES:  # nor do comments and docstrings name classes
+        assert name not in text
+    for detail in ("guidance_embeds", "pooled_prompt", "pooled_projections", "txt_ids", "img_ids"):
         assert detail not in text
+
+
+@pytest.mark.parametrize("file", CORE_TESTS)
+def test_tests_of_the_core_name_no_family(file):
+    text = (TESTS / file).read_text().lower()
+    for name in names_of_families():
+        assert name.lower() not in text
+
+
+def test_the_names_are_real():
+    assert {"flux", "FluxPipeline", "FluxPolicy", "attn.to_q"} <= names_of_families()
+
+
+# ---- Public names ----
 
 
 def test_public_names():

@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import accelerate.utils
+import numpy as np
 import pytest
 import yaml
+from diffusers import DiffusionPipeline
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from diffusers_mixgrpo import MixedODESDEScheduler, MixGRPOConfig
+from diffusers_mixgrpo import MixedODESDEScheduler, MixGRPOConfig, MixGRPOTrainer
 
 
 def make(tmp_path, **kwargs) -> MixGRPOConfig:
@@ -70,48 +75,286 @@ def test_batch_arithmetic(tmp_path, batch, accumulation, per_generation, passes,
     assert config.prompts_per_iteration == prompts
 
 
+# ---- Bad values ----
+
+NAN = math.nan
+INF = math.inf
+COUNTS = (
+    "height",
+    "width",
+    "num_inference_steps",
+    "max_sequence_length",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_iterations",
+    "num_logged_images",
+    "window_interval",
+    "window_stride",
+    "window_min_interval",
+)
+OPTIONAL_COUNTS = (
+    "sample_batch_size",
+    "decode_batch_size",
+    "replay_batch_size",
+    "eval_num_inference_steps",
+    "logging_images_steps",
+    "replay_top_k",
+)
+NOT_POSITIVE = (0.0, -0.5, NAN, INF, -INF, True, "0.5")
+NOT_A_SHARE = (0.0, -0.4, 1.5, NAN, INF, True, "0.4")
+NOT_A_COUNT = (0, -2, 1.5, NAN, True, "3")
+
+# Argument -> values that it cannot have, each alone with the defaults of all others
+BAD_VALUES = {
+    **{name: (*NOT_A_COUNT, None) for name in COUNTS},
+    **dict.fromkeys(OPTIONAL_COUNTS, NOT_A_COUNT),
+    "num_generations": (1, 0, -12, 12.0, True, "12", None),
+    "window_decay_start": (-1, 1.5, True, "13", None),
+    "sde_type": ("langevin", "Flow", "", None, 1, True),
+    "eta": (*NOT_POSITIVE, None),
+    "ode_solver": ("rk4", "heun", "", None, 2),
+    "solver_order": (0, 4, -1, 1.5, NAN, True, "2", None),
+    "prefix_ratio": (*NOT_A_SHARE, None),
+    "suffix_ratio": (*NOT_A_SHARE, None),
+    "window_train_fraction": (*NOT_A_SHARE, None),
+    "ode_cache": (
+        "taylor",
+        {},
+        {"name": "TaylorCacheConfig"},
+        {"threshold": 0.1},
+        {"name": "FirstBlockCacheConfig", "treshold": 0.1},
+        {"name": "FluxPipeline"},
+        3,
+    ),
+    "window_strategy": ("zigzag", "Random", None, 0),
+    "window_size": (0, -2, 25, 4.0, NAN, True, "4", None),
+    "window_start": (-1, 1.5, NAN, True, "0", None, 2),
+    "window_decay_rate": (-0.1, NAN, INF, True, "0.1", None),
+    "multi_objective_aggregation": ("max", "mean", None, 1),
+    "scale_rewards": ("prompt", "std", None, True),
+    "advantage_clip": NOT_POSITIVE,
+    "reward_timeout": NOT_POSITIVE,
+    "max_reward_failure_rate": (-0.1, 1.5, NAN, INF, True, "0.5", None),
+    "epsilon": (*NOT_POSITIVE, None),
+    "epsilon_high": NOT_POSITIVE,
+    "shift": NOT_POSITIVE,
+    "beta": (-1.0, NAN, INF, True, "0.1", None),
+    "guidance_scale": (NAN, INF, -INF, True, "3.5", None),
+    "attention_backend": ("flesh", "", 7, True),
+    "quantization": (
+        "nf4",
+        3,
+        {},
+        {"quant_backend": "torchao"},
+        {"components_to_quantize": ["transformer"]},
+        {"quant_backend": "torchao", "components_to_quantize": None},
+        {"quant_backend": "torchao", "components_to_quantize": ["transformer"], "bits": 4},
+    ),
+    "remove_unused_columns": (True,),
+    "auto_find_batch_size": (True,),
+    "torch_compile": (True,),
+}
+PAIRS = [(name, value) for name, values in BAD_VALUES.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), PAIRS, ids=[f"{name}={value!r}" for name, value in PAIRS])
+def test_bad_values(tmp_path, name, value):
+    with pytest.raises(ValueError) as caught:
+        make(tmp_path, **{name: value})
+    message = str(caught.value)
+    assert f"`{name}`" in message and " must " in message
+    assert repr(value) in message.split("got ", 1)[1]
+
+
+def test_the_table_covers_every_checked_argument():
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = {field.name for field in dataclasses.fields(MixGRPOConfig)} - inherited
+    # Switches, values that only the trainer or another library can check, and a seed, for which any integer will do
+    unchecked = {
+        "shared_noise",
+        "merge_lora",
+        "offload_rewards",
+        "offload_vae",
+        "reuse_rollout_graph",
+        "shuffle_dataset",
+        "cache_prompt_embeds",
+        "compile_repeated_blocks",
+        "reward_weights",
+        "reward_init_kwargs",
+        "model_init_kwargs",
+        "eval_seed",
+    }
+    assert own == (set(BAD_VALUES) & own) | unchecked
+    assert not unchecked & set(BAD_VALUES)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"sde_type": "cps", "eta": 1},
+        {"sde_type": "dance", "eta": 3.0},
+        {"prefix_ratio": 1, "suffix_ratio": 1e-3},
+        {"height": np.int64(64), "epsilon": np.float32(0.1)},
+        {"ode_solver": "unipc", "solver_order": 3},
+        {"guidance_scale": 0},
+        {"window_strategy": "linear_decay", "window_min_interval": 25},
+        {"attention_backend": "_NATIVE_CUDNN"},
+        {"ode_cache": {"name": "FirstBlockCacheConfig", "threshold": 0.1}},
+        dict.fromkeys((*OPTIONAL_COUNTS, "epsilon_high", "advantage_clip", "shift", "reward_timeout")),
+    ],
+)
+def test_values_at_the_limits(tmp_path, kwargs):
+    config = make(tmp_path, **kwargs)
+    assert {name: getattr(config, name) for name in kwargs} == kwargs
+
+
 @pytest.mark.parametrize(
     "kwargs, message",
     [
+        ({"sde_type": "cps", "eta": 1.2}, r"`eta` must be in \(0, 1\] for `sde_type='cps'`, got 1.2"),
+        ({"num_generations": 1}, "got 1: advantages compare the images of one prompt"),
         ({"num_generations": 5}, r"3 \* 4 = 12 images per device, which is not a multiple of num_generations=5"),
-        ({"num_generations": 1}, "`num_generations` must be 2 or more, got 1"),
         ({"gradient_accumulation_steps": 3}, r"4 training batches, .* multiple of gradient_accumulation_steps=3"),
         ({"gradient_accumulation_steps": 8}, r"Use gradient_accumulation_steps=4 for one optimizer step"),
         ({"max_steps": 10}, "`max_steps=10` ends inside an iteration, which has 4 optimizer steps here. Use 8 or 12,"),
         ({"max_steps": 3}, "Use 4, or another multiple of 4"),
         (
             {"window_size": 25},
-            r"first 24 of num_inference_steps=25 .* window_size=25. Choose window_size from 1 to 24",
+            r"first 24 of num_inference_steps=25 .* window_size=25.*Choose window_size in \[1, 24\]",
         ),
-        ({"window_size": 0}, "window_size=0"),
-        ({"window_size": 4, "window_start": 21, "window_strategy": "frozen"}, "Choose window_size from 1 to 3"),
-        ({"window_start": -1, "window_strategy": "frozen"}, "window_start=-1"),
-        ({"window_start": 2}, "`window_start=2` is the place of a window that stays there"),
-        ({"window_strategy": "zigzag"}, "zigzag"),
-        ({"window_interval": 0}, "window_interval"),
-        ({"window_train_fraction": 0.0}, "`window_train_fraction` must be greater than 0 and at most 1, got 0.0"),
-        ({"epsilon": 0.0}, "`epsilon` must be greater than 0, got 0.0"),
-        ({"beta": -1.0}, "`beta` must be 0 or more, got -1.0"),
-        ({"replay_batch_size": 0}, "`replay_batch_size` must be 1 or more, or None, got 0"),
-        ({"sample_batch_size": -2}, "`sample_batch_size` must be 1 or more"),
-        ({"scale_rewards": "prompt"}, "`scale_rewards` must be one of group, batch, none, got 'prompt'"),
-        ({"multi_objective_aggregation": "max"}, "`multi_objective_aggregation` must be one of"),
-        ({"max_reward_failure_rate": 1.5}, "`max_reward_failure_rate` must be from 0 to 1, got 1.5"),
-        ({"auto_find_batch_size": True}, "`auto_find_batch_size=True` is not supported"),
-        ({"remove_unused_columns": True}, "`remove_unused_columns=True` would take away 'prompt'"),
-        ({"num_inference_steps": 0}, "`num_inference_steps` must be 1 or more"),
-        ({"shift": 0.0}, "`shift` must be greater than 0"),
+        (
+            {"window_size": 4, "window_start": 21, "window_strategy": "frozen"},
+            r"got window_start=21 and window_size=4.*Choose window_size in \[1, 3\]",
+        ),
+        ({"window_start": 2}, "`window_start` must be 0 with window_strategy='progressive', .* got 2"),
+        (
+            {"window_strategy": "linear_decay", "window_min_interval": 30},
+            "`window_min_interval` must be at most window_interval=25, got 30",
+        ),
+        ({"beta": 0.1, "replay_top_k": 2}, "`replay_top_k` .* KL term needs, got beta=0.1"),
+        ({"beta": 0.1, "reuse_rollout_graph": True}, "`reuse_rollout_graph` .* KL term needs, got beta=0.1"),
+        ({"reuse_rollout_graph": True}, "got steps_per_generation=4 and num_iterations=1.*train_batch_size=12"),
         ({"attention_backend": "flesh"}, "`attention_backend` must be one of flash, .*sage.*, or None, got 'flesh'"),
-        ({"quantization": "nf4"}, "`quantization` must be a dict, .* got 'nf4'"),
-        ({"torch_compile": True}, "`torch_compile=True` .* Use compile_repeated_blocks=True"),
+        ({"torch_compile": True}, "Use compile_repeated_blocks=True"),
+        ({"ode_cache": {"name": "Taylor"}}, "with a 'name' among .*TaylorSeerCacheConfig.*, got .*For example"),
+        (
+            {"ode_cache": {"name": "FirstBlockCacheConfig", "treshold": 0.1}},
+            "`ode_cache` must hold arguments of FirstBlockCacheConfig, got .*treshold",
+        ),
     ],
 )
-def test_errors(tmp_path, kwargs, message):
+def test_errors_say_what_to_change(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **kwargs)
 
 
-def test_all_steps_but_the_last(tmp_path):
+ONE_UPDATE = {"steps_per_generation": 1, "per_device_train_batch_size": 12}
+
+
+@pytest.mark.parametrize("name", ["merge_lora", "reuse_rollout_graph"])
+@pytest.mark.parametrize(
+    ("variable", "sharding"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_options_that_sharding_excludes(tmp_path, monkeypatch, name, variable, sharding):
+    assert getattr(make(tmp_path, **{name: True}, **ONE_UPDATE), name)
+    monkeypatch.setenv(variable, "true")
+    if sharding == "DeepSpeed":  # its package need not be installed to find the conflict
+        monkeypatch.setattr(accelerate.utils, "DeepSpeedPlugin", MagicMock())
+    assert make(tmp_path, **ONE_UPDATE).sharding == sharding
+    with pytest.raises(ValueError, match=f"`{name}` must be False with {sharding}, .* got True. Leave it"):
+        make(tmp_path, **{name: True}, **ONE_UPDATE)
+
+
+# ---- Bad values in the trainer: before anything large is loaded ----
+
+
+class CountedReward:
+    """A reward that counts its instances, for one that loads a model."""
+
+    instances = 0
+
+    def __init__(self) -> None:
+        CountedReward.instances += 1
+
+    def __call__(self, prompts, images, **columns):
+        return [0.0] * len(images)
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    """Fails a test that constructs a reward or touches the pipeline's files."""
+
+    def touched(*args, **kwargs):
+        raise AssertionError("the pipeline was touched")
+
+    for function in ("load_config", "from_pretrained"):
+        monkeypatch.setattr(DiffusionPipeline, function, touched)
+    monkeypatch.setattr(CountedReward, "instances", 0)
+    yield
+    assert CountedReward.instances == 0
+
+
+REWARD = f"{__name__}:CountedReward"
+
+
+def train(config, model="owner/name", rewards=REWARD, **kwargs):
+    kwargs = {"train_dataset": [{"prompt": "a cat"}]} | kwargs
+    return MixGRPOTrainer(model, rewards, config, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [(name, values[0]) for name, values in BAD_VALUES.items()],
+)
+def test_a_script_fails_before_anything_is_loaded(tmp_path, nothing_is_loaded, name, value):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        train(make(tmp_path, **{name: value}))
+
+
+@pytest.mark.parametrize("model", ["owner/name", "~/some/folder", Path("folder")])
+def test_merge_lora_without_a_lora_is_refused_before_anything_is_loaded(tmp_path, nothing_is_loaded, model):
+    config = make(tmp_path, merge_lora=True)
+    with pytest.raises(ValueError, match="`merge_lora` must be False without a LoRA, got True. Pass a `peft_config`"):
+        train(config, model)
+
+
+@pytest.mark.parametrize(
+    "config, kwargs, error, message",
+    [
+        ({}, {"train_dataset": []}, ValueError, "`train_dataset` must have at least one row"),
+        ({}, {"train_dataset": [{"text": "a cat"}]}, ValueError, "`train_dataset` must have a column 'prompt'"),
+        ({}, {"eval_dataset": {"a": iter([])}}, TypeError, "`eval_dataset` must have a length"),
+        ({"reward_weights": [1.0, 2.0]}, {}, ValueError, "`reward_weights` .* got 2 weights for 1 reward"),
+        ({"reward_weights": [NAN]}, {}, ValueError, r"`reward_weights` must be finite and not all 0, got \[nan\]"),
+        (
+            {"reward_init_kwargs": {"hpsv2": {}}},
+            {},
+            ValueError,
+            "`reward_init_kwargs` must be for rewards .* got hpsv2",
+        ),
+    ],
+)
+def test_arguments_of_the_trainer_are_checked_before_anything_is_loaded(
+    tmp_path, nothing_is_loaded, config, kwargs, error, message
+):
+    with pytest.raises(error, match=message):
+        train(make(tmp_path, **config), **kwargs)
+
+
+def test_the_reward_and_the_pipeline_would_have_been_loaded(tmp_path, monkeypatch):
+    # The other half of the tests above: with good arguments both are reached.
+    monkeypatch.setattr(CountedReward, "instances", 0)
+    with pytest.raises(FileNotFoundError, match="`model` must be a folder or a Hub repository"):
+        train(make(tmp_path), model="./no/such/folder")
+    assert CountedReward.instances == 1
+
+
+# ---- Other ways to make a configuration ----
+
+
+def test_all_steps_except_the_last(tmp_path):
     for size in (-1, "all"):
         config = make(tmp_path, window_size=size)
         assert config.window_schedule().schedule(7) == (0, 24)
@@ -144,7 +387,7 @@ def test_every_argument_is_documented_and_has_help():
 
 
 def test_quantization_is_json_on_the_command_line(tmp_path):
-    settings = '{"quant_backend": "torchao", "quant_kwargs": {"quant_type": "Int8WeightOnlyConfig"}}'
+    settings = '{"quant_backend": "torchao", "components_to_quantize": ["transformer"]}'
     arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none", "--quantization", settings]
     (config,) = TrlParser(MixGRPOConfig).parse_args_and_config([*arguments, "--attention_backend", "_native_cudnn"])
     assert config.quantization == json.loads(settings) and config.attention_backend == "_native_cudnn"
@@ -179,9 +422,7 @@ def test_presets(tmp_path, name, window, trained, nfe):
     assert config.window_schedule().schedule(0) == window
     assert int(config.window_train_fraction * window[1]) == trained
     assert config.optimizer_steps_per_iteration == 4 and config.max_steps == 300 * 4
-    names = ("sde_type", "eta", "ode_solver", "solver_order", "prefix_ratio", "suffix_ratio", "shift")
-    options = {name: getattr(config, name) for name in names}
-    scheduler = MixedODESDEScheduler(window_start=window[0], window_size=window[1], **options)
+    scheduler = MixedODESDEScheduler(shift=config.shift, **config.scheduler_arguments())
     scheduler.set_timesteps(config.num_inference_steps)
     assert len(scheduler.timesteps) == nfe
 
@@ -198,5 +439,5 @@ def test_the_windows_of_the_presets_move_as_published(tmp_path):
 
 
 def test_an_unknown_preset():
-    with pytest.raises(ValueError, match="'mixgrpo-flash-star'.*got 'ppo'"):
+    with pytest.raises(ValueError, match="`name` must be one of .*'mixgrpo-flash-star'.*got 'ppo'"):
         MixGRPOConfig.from_preset("ppo")

@@ -1,21 +1,21 @@
-"""Trains the bundled tiny FLUX with all five presets, from one start and alike in all that is not the method.
+"""Trains the bundled tiny FLUX with all five presets, from the same start and with the same shared settings.
 
-    python examples/compare_methods.py --tune_learning_rates 5e-4 1e-3 2e-3
-    python examples/compare_methods.py --ablate window_size
-    python examples/compare_methods.py --accelerations shared-prefix exact all
+    python examples/studies/compare_methods.py --tune_learning_rates 5e-4 1e-3 2e-3
+    python examples/studies/compare_methods.py --ablate window_size
+    python examples/studies/compare_methods.py --accelerations shared-prefix exact all
 
-Writes `results.md`, `results.json`, `results.png` and one file per run. Run the same command again to go on after an
+Writes `results.md`, `results.json`, `results.png` and one file per run. Run the same command again to resume after an
 interruption: finished runs are kept.
 
-What is shared is read from `configs/toy.yaml`. A method keeps its published fields (`MixGRPOConfig.from_preset`), with
-these scaled to the toy's 10 steps:
+The shared settings are read from `configs/toy.yaml`. A method keeps its published settings
+(`MixGRPOConfig.from_preset`), except for these, which are scaled to the toy's 10 steps:
 
-- The window of 4 of 25 steps keeps its share of the steps: 2 of 10. "All but the last" stays all but the last.
+- The window keeps its share of the steps: 4 of 25 becomes 2 of 10. "All but the last step" stays the same.
 - The window moves every `tau = iterations // (T - w)` iterations (at least 1), so that a run is one sweep over all its
-  `T - w` places. The published 300 iterations, with 25 or 20 in a place, end before the last steps are reached.
-- Shares stay what they are: 60% of the steps trained in DanceGRPO, 40% and 20% of the suffix run in Flash and Flash*.
+  `T - w` positions. The published 300 iterations, with 25 or 20 per position, end before the last steps.
+- Shares stay as published: DanceGRPO trains 60% of the steps, Flash and Flash* run 40% and 20% of the suffix.
 
-With `accelerations` the windowed methods are run under each of these options, and the baselines under the first.
+With `accelerations`, the windowed methods run under each of these options, and the baselines under the first one.
 """
 
 import dataclasses
@@ -32,9 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from compare_report import TRAINING_PASSES, best_of, draw, in_markdown, set_against, summarise
-from diffusers import FluxPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from tqdm import tqdm
@@ -45,8 +42,22 @@ from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, toy
 from diffusers_mixgrpo.presets import ACCELERATIONS, PRESETS
 
 
+EXAMPLES = Path(__file__).parents[1]
+sys.path.insert(0, str(EXAMPLES))
+
+from compare_report import TRAINING_PASSES, best_of, draw, in_markdown, set_against, summarize  # noqa: E402
+from report import read_yaml  # noqa: E402
+
+
 METHODS = ("dancegrpo", "flow-grpo", "mixgrpo", "mixgrpo-flash", "mixgrpo-flash-star")
 ABLATIONS = ("window_size", "window_interval", "window_stride", "strategy", "beta", "solver", "top_k", "cache")
+# Settings of the shared configuration that belong to a method, or that this script sets itself
+METHOD_SETTINGS = ("sde_type", "eta", "ode_solver", "solver_order", "prefix_ratio", "suffix_ratio")
+RUN_SETTINGS = ("max_steps", "output_dir", "logging_steps", "logging_images_steps", "save_strategy", "report_to")
+
+
+def flag(help: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -57,94 +68,101 @@ class CompareArguments:
     )
     accelerations: list[str] = field(
         default_factory=lambda: ["shared-prefix"],
-        metadata={"help": "Run each method under: off, shared-prefix (the default), exact, all."},
+        metadata={"help": "Options to run each method under: off, shared-prefix (the default), exact, all."},
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A run of each method per seed."})
-    iterations: int = field(default=72, metadata={"help": "Iterations of each run, the same for all."})
-    eval_every: int = field(default=9, metadata={"help": "Iterations between evaluations, which are not timed."})
-    num_eval_prompts: int | None = field(default=None, metadata={"help": "Held-out prompts. The config's if unset."})
-    window_size: int | None = field(
-        default=None, metadata={"help": "Window of the MixGRPO methods. The published share of the steps if unset."}
-    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each method per seed."})
+    iterations: int = flag("Iterations of each run.", 72)
+    eval_every: int = flag("Iterations between evaluations, which are not timed.", 9)
+    num_eval_prompts: int | None = flag("Number of held-out prompts. That of the configuration if unset.")
+    window_size: int | None = flag("Window of the MixGRPO methods. The published share of the steps if unset.")
     tune_learning_rates: list[float] = field(
-        default_factory=list, metadata={"help": "Choose among these for each method. The config's for all if unset."}
+        default_factory=list,
+        metadata={"help": "Learning rates to choose from for each method. That of the configuration if unset."},
     )
-    tune_iterations: int | None = field(default=None, metadata={"help": "A third of `iterations` if unset."})
-    tune_seed: int = field(default=1000, metadata={"help": "Seed of the tuning runs, none of `seeds`."})
-    num_validation_prompts: int = field(
-        default=128, metadata={"help": "Training prompts that no run trains on, to choose the learning rate on."}
+    tune_iterations: int | None = flag("Iterations of each tuning run. A third of `iterations` if unset.")
+    tune_seed: int = flag("Seed of the tuning runs, which must not be in `seeds`.", 1000)
+    num_validation_prompts: int = flag(
+        "Number of training prompts that no run trains on, for the choice of the learning rate.", 128
     )
-    config: str = field(
-        default=str(Path(__file__).parent / "configs" / "toy.yaml"), metadata={"help": "What all methods share."}
-    )
-    output_dir: str = field(default="", metadata={"help": "outputs/compare or outputs/ablate_... if unset."})
+    config: str = flag("YAML file of the shared settings.", str(EXAMPLES / "configs" / "toy.yaml"))
+    output_dir: str = flag("Folder for the results. outputs/compare or outputs/ablate_... if unset.", "")
 
-    def __post_init__(self):
-        for name, legal in (("presets", METHODS), ("accelerations", ACCELERATIONS)):
-            if unknown := set(getattr(self, name)) - set(legal):
-                raise ValueError(f"`{name}` must be among {', '.join(legal)}, got {', '.join(sorted(unknown))}.")
+    def __post_init__(self) -> None:
+        for name, choices in (("presets", METHODS), ("accelerations", ACCELERATIONS)):
+            if unknown := sorted(set(getattr(self, name)) - set(choices)):
+                raise ValueError(f"`{name}` must be among {', '.join(choices)}, got {', '.join(unknown)}.")
         if self.tune_seed in self.seeds:
             raise ValueError(
-                f"`tune_seed`={self.tune_seed} is one of `seeds`={self.seeds}: a learning rate must not be chosen on "
-                "a run that is compared. Choose another."
+                f"`tune_seed` must not be in `seeds`={self.seeds}, got {self.tune_seed}: a learning rate must not be "
+                "chosen on a run that is compared. Choose another seed."
             )
         self.presets = [name for name in METHODS if name in self.presets]
         self.tune_iterations = self.tune_iterations or max(1, self.iterations // 3)
-        self.output_dir = self.output_dir or ("outputs/" + (f"ablate_{self.ablate}" if self.ablate else "compare"))
+        folder = f"ablate_{self.ablate}" if self.ablate else "compare"
+        self.output_dir = self.output_dir or f"outputs/{folder}"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run: what it is called, where its record goes, and all that its result depends on."""
+    """One run: the name of its variant, the file of its record, and everything that its result depends on."""
 
     name: str
     file: Path
     settings: dict[str, Any]
 
 
-def main(argv: list[str] | None = None):
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
+def main(argv: list[str] | None = None) -> None:
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     (args,) = HfArgumentParser(CompareArguments).parse_args_into_dataclasses(argv)
-    folder, shared = Path(args.output_dir), read_shared(args)
+    folder = Path(args.output_dir)
+    shared = read_shared(args)
     variants = ablation(args, shared) if args.ablate else methods(args, shared)
 
     # 1. Choose a learning rate for each method on the validation prompts
-    tuning, planned = tuning_jobs(args, shared, variants), final_jobs(args, shared, variants, {})
+    tuning = tuning_jobs(args, shared, variants)
+    planned = final_jobs(args, shared, variants, {})
     remaining = sum(job.settings["iterations"] for job in tuning + planned if not job.file.exists())
-    with tqdm(total=remaining, unit="iteration", disable=not remaining) as bar:
+    with tqdm(total=remaining, unit="iteration", disable=not remaining) as progress_bar:
         tried: dict[str, dict[float, float]] = {name: {} for name in variants}
-        for job, run in zip(tuning, finish(tuning, bar), strict=True):
+        for job, run in zip(tuning, finish(tuning, progress_bar), strict=True):
             tried[job.name][job.settings["learning_rate"]] = run["evaluations"][-1]["reward"]
         rates = {name: best_of(scores) for name, scores in tried.items() if scores}
 
         # 2. Train
         jobs = final_jobs(args, shared, variants, rates)
-        runs = finish(jobs, bar)
+        runs = finish(jobs, progress_bar)
 
     # 3. Compare on the held-out prompts
     reference = find_base(args, shared, variants) if args.ablate else label("dancegrpo", args.accelerations[0])
-    summaries = {name: summarise([run for run in runs if run["name"] == name]) for name in variants}
+    summaries = {name: summarize([run for run in runs if run["name"] == name]) for name in variants}
     set_against(summaries, reference)
-    results = {"command": shlex.join(sys.argv[1:] if argv is None else argv), "machine": machine(), "shared": shared}
-    results |= {"reference": reference, "tuning": tried, "summaries": summaries}
+    results = {
+        "command": shlex.join(sys.argv[1:] if argv is None else argv),
+        "machine": machine(),
+        "shared": shared,
+        "reference": reference,
+        "tuning": tried,
+        "summaries": summaries,
+    }
     text = in_markdown(results)
     (folder / "results.md").write_text(text, encoding="utf-8")
     draw(summaries, folder / "results.png")
     write_json(folder / "results.json", results | {"runs": runs})
-    print(f"{text}\nWritten to {folder}: results.md, results.png, results.json, and a file per run.")
+    print(f"{text}\nWritten to {folder}: results.md, results.png, results.json, and one file per run.")
 
 
-# ---- What is compared ----
+# ---- Variants ----
 
 
 def read_shared(args: CompareArguments) -> dict[str, Any]:
-    """What is not the method: from the configuration file, without what is, and from the command line."""
-    settings = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
-    methods = ("sde_type", "eta", "ode_solver", "solver_order", "prefix_ratio", "suffix_ratio")
-    outside = ("max_steps", "output_dir", "logging_steps", "logging_images_steps", "save_strategy", "report_to")
-    shared = {k: v for k, v in settings.items() if k not in methods + outside and not k.startswith("window_")}
-    shared["shift"] = settings.get("shift")  # the presets' is for FLUX.1-dev
+    """The settings that all variants share: from the configuration file and the command line."""
+    settings = read_yaml(args.config)
+    left_out = METHOD_SETTINGS + RUN_SETTINGS
+    shared = {
+        name: value for name, value in settings.items() if name not in left_out and not name.startswith("window_")
+    }
+    shared["shift"] = settings.get("shift")  # that of the presets is for FLUX.1-dev
     shared["num_eval_prompts"] = args.num_eval_prompts or settings["num_eval_prompts"]
     shared["num_validation_prompts"] = args.num_validation_prompts
     files = sorted(file for file in Path(toy.path()).rglob("*") if file.is_file())
@@ -152,42 +170,50 @@ def read_shared(args: CompareArguments) -> dict[str, Any]:
     return shared | {"iterations": args.iterations, "eval_every": args.eval_every, "eval_on": "test"}
 
 
-def methods(args: CompareArguments, shared: dict) -> dict[str, dict[str, Any]]:
-    """The presets under the options that make them cheaper; the baselines as published, under the first alone."""
+def methods(args: CompareArguments, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The windowed presets under all options, the baselines under the first one."""
     variants = {}
     for option in args.accelerations:
         for name in args.presets:
             if option != args.accelerations[0] and PRESETS[name]["window_size"] == -1:
                 continue
-            settings = variants[label(name, option)] = method(name, args, shared) | ACCELERATIONS[option]
-            if settings.get("reuse_rollout_graph"):  # one update per iteration
-                images = shared["per_device_train_batch_size"] * shared["steps_per_generation"]
-                settings |= {"steps_per_generation": 1, "per_device_train_batch_size": images}
+            settings = method(name, args, shared) | ACCELERATIONS[option]
+            if settings.get("reuse_rollout_graph"):  # requires one update per iteration
+                settings["per_device_train_batch_size"] = images_per_iteration(shared)
+                settings["steps_per_generation"] = 1
+            variants[label(name, option)] = settings
     return variants
+
+
+def images_per_iteration(settings: dict[str, Any]) -> int:
+    return settings["per_device_train_batch_size"] * settings["steps_per_generation"]
 
 
 def label(name: str, option: str) -> str:
     return name if option == "shared-prefix" else f"{name}, {option}"
 
 
-def method(name: str, args: CompareArguments, shared: dict, size: int | None = None) -> dict[str, Any]:
-    """A preset scaled to the toy: what is otherwise than published. `size` is that of the window, if given."""
-    steps, published = shared["num_inference_steps"], PRESETS[name]
+def method(name: str, args: CompareArguments, shared: dict[str, Any], size: int | None = None) -> dict[str, Any]:
+    """The settings of a preset that are scaled to the toy. `size` is the size of the window, if given."""
+    published = PRESETS[name]
     if published["window_size"] == -1:
         return {"preset": name}
-    size = size or args.window_size or round(published["window_size"] / published["num_inference_steps"] * steps)
+    steps = shared["num_inference_steps"]
+    share = published["window_size"] / published["num_inference_steps"]
+    size = size or args.window_size or round(share * steps)
     size = min(max(size, 1), steps - 1)
     return {"preset": name, "window_size": size, "window_interval": max(1, args.iterations // (steps - size))}
 
 
-def ablation(args: CompareArguments, shared: dict) -> dict[str, dict[str, Any]]:
-    """MixGRPO, scaled, with one setting changed; `tau` follows from the window's size and from nothing else."""
-    base, steps = method("mixgrpo", args, shared), shared["num_inference_steps"]
-    size, tau = base["window_size"], base["window_interval"]
+def ablation(args: CompareArguments, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Scaled MixGRPO with one setting changed. `tau` depends on the window size only."""
+    base = method("mixgrpo", args, shared)
+    steps = shared["num_inference_steps"]
     if args.ablate == "window_size":
-        sizes = {min(w, steps - 1) for w in (1, 2, 4, 6, size, steps - 1)}
-        return {f"w = {w}": method("mixgrpo", args, shared, w) for w in sorted(sizes)}
+        sizes = {min(size, steps - 1) for size in (1, 2, 4, 6, base["window_size"], steps - 1)}
+        return {f"w = {size}": method("mixgrpo", args, shared, size) for size in sorted(sizes)}
     if args.ablate == "window_interval":
+        tau = base["window_interval"]
         return {f"tau = {n}": base | {"window_interval": n} for n in sorted({1, 2, 5, tau, 2 * tau})}
     if args.ablate == "window_stride":
         return {f"s = {n}": base | {"window_stride": n} for n in (1, 2, 3, 4)}
@@ -203,29 +229,47 @@ def ablation(args: CompareArguments, shared: dict) -> dict[str, dict[str, Any]]:
     if args.ablate == "top_k":
         return {"all": base} | {f"k = {k}": base | {"replay_top_k": k} for k in (3, 2, 1)}
     if args.ablate == "cache":
-        taylor, block = ACCELERATIONS["all"]["ode_cache"], {"name": "FirstBlockCacheConfig"}
-        caches = {f"first block, {limit}": block | {"threshold": limit} for limit in (0.1, 0.3)}
-        caches |= {f"TaylorSeer, {n}": taylor | {"cache_interval": n} for n in (2, 3)}
-        return {"none": base} | {name: base | {"ode_cache": cache} for name, cache in caches.items()}
-    # DPM-Solver++ of order 1 is Euler's step here.
-    solvers = {"euler": ("euler", 2), "dpmsolver++ 2": ("dpmsolver++", 2), "dpmsolver++ 3": ("dpmsolver++", 3)}
-    suffix = {"suffix_ratio": PRESETS["mixgrpo-flash"]["suffix_ratio"]}
-    variants = {"euler, whole suffix": base}
-    for name, (solver, order) in (solvers | {"unipc 2": ("unipc", 2)}).items():
-        changes = suffix | {"ode_solver": solver, "solver_order": order}
-        variants[f"{name}, {suffix['suffix_ratio']:.0%} suffix"] = base | changes
+        return _cache_ablation(base)
+    return _solver_ablation(base)
+
+
+def _cache_ablation(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    variants = {"none": base}
+    for threshold in (0.1, 0.3):
+        cache = {"name": "FirstBlockCacheConfig", "threshold": threshold}
+        variants[f"first block, {threshold}"] = base | {"ode_cache": cache}
+    for interval in (2, 3):
+        cache = ACCELERATIONS["all"]["ode_cache"] | {"cache_interval": interval}
+        variants[f"TaylorSeer, {interval}"] = base | {"ode_cache": cache}
     return variants
 
 
-def find_base(args: CompareArguments, shared: dict, variants: dict) -> str:
-    """The variant of an ablation that is MixGRPO as it is compared with the other methods."""
+def _solver_ablation(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    # DPM-Solver++ of order 1 is Euler's step here.
+    solvers = {
+        "euler": ("euler", 2),
+        "dpmsolver++ 2": ("dpmsolver++", 2),
+        "dpmsolver++ 3": ("dpmsolver++", 3),
+        "unipc 2": ("unipc", 2),
+    }
+    suffix_ratio = PRESETS["mixgrpo-flash"]["suffix_ratio"]
+    variants = {"euler, whole suffix": base}
+    for name, (solver, order) in solvers.items():
+        changes = {"suffix_ratio": suffix_ratio, "ode_solver": solver, "solver_order": order}
+        variants[f"{name}, {suffix_ratio:.0%} suffix"] = base | changes
+    return variants
+
+
+def find_base(args: CompareArguments, shared: dict[str, Any], variants: dict[str, dict[str, Any]]) -> str:
+    """The variant of an ablation that is MixGRPO as in the comparison of the methods."""
     base = PRESETS["mixgrpo"] | method("mixgrpo", args, shared)
     return next(name for name, changes in variants.items() if base | changes == base)
 
 
 def prompts(settings: dict[str, Any]) -> dict[str, list[str]]:
-    """Three sets with nothing in common: to train on, to choose the learning rate on, and to judge on."""
-    texts, count = toy.prompts("train"), settings["num_validation_prompts"]
+    """Three disjoint sets: to train on, to choose the learning rate on, and to compare on."""
+    texts = toy.prompts("train")
+    count = settings["num_validation_prompts"]
     test = toy.prompts("test", settings["num_eval_prompts"])
     return {"train": texts[count:], "validation": texts[:count], "test": test}
 
@@ -233,10 +277,11 @@ def prompts(settings: dict[str, Any]) -> dict[str, list[str]]:
 # ---- Runs ----
 
 
-def tuning_jobs(args: CompareArguments, shared: dict, variants: dict) -> list[Job]:
-    """A short run for each variant and learning rate: the long one in small, its window moving faster."""
-    jobs, count = [], args.tune_iterations
+def tuning_jobs(args: CompareArguments, shared: dict[str, Any], variants: dict[str, dict[str, Any]]) -> list[Job]:
+    """A short run for each variant and learning rate, with a window that moves faster in proportion."""
+    count = args.tune_iterations
     changed = {"seed": args.tune_seed, "iterations": count, "eval_every": count, "eval_on": "validation"}
+    jobs = []
     for rate in args.tune_learning_rates:
         for name, changes in variants.items():
             settings = shared | changes | changed | {"learning_rate": rate}
@@ -246,8 +291,13 @@ def tuning_jobs(args: CompareArguments, shared: dict, variants: dict) -> list[Jo
     return jobs
 
 
-def final_jobs(args: CompareArguments, shared: dict, variants: dict, rates: dict[str, float]) -> list[Job]:
-    """Seeds are outermost, so that a change in the machine's speed meets all methods alike."""
+def final_jobs(
+    args: CompareArguments,
+    shared: dict[str, Any],
+    variants: dict[str, dict[str, Any]],
+    rates: dict[str, float],
+) -> list[Job]:
+    """The runs to compare. Seeds are the outer loop, so that a change in the machine's speed affects all methods."""
     jobs = []
     for seed in args.seeds:
         for name, changes in variants.items():
@@ -256,42 +306,53 @@ def final_jobs(args: CompareArguments, shared: dict, variants: dict, rates: dict
     return jobs
 
 
-def finish(jobs: list[Job], bar: tqdm) -> list[dict[str, Any]]:
+def finish(jobs: list[Job], progress_bar: tqdm) -> list[dict[str, Any]]:
     """
-    The records of all jobs: of finished ones from their files, of the others by training.
+    The records of all jobs: those of finished ones from their files, the others by training.
 
     Raises:
-        `ValueError`: If a file was made with other settings. Then nothing has been trained.
+        `ValueError`: If a file has other settings. In that case nothing has been trained.
     """
     records = {job.file: json.loads(job.file.read_text("utf-8")) for job in jobs if job.file.exists()}
     for job in jobs:
-        old, new = records.get(job.file, {}).get("settings", job.settings), job.settings
-        other = [f"{k}: {old.get(k)!r}, now {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-        if other:
-            raise ValueError(
-                f"{job.file} was made with other settings ({'; '.join(other)}). Remove it to train it anew, or "
-                "choose another `output_dir`."
-            )
+        if job.file in records:
+            _check_settings(job, records[job.file]["settings"])
     for job in jobs:
         if job.file not in records:
-            bar.set_description(f"{job.name}, seed {job.settings['seed']}, lr {job.settings['learning_rate']:g}")
-            records[job.file] = {"name": job.name, "settings": job.settings, **train(job.settings, bar)}
+            seed = job.settings["seed"]
+            progress_bar.set_description(f"{job.name}, seed {seed}, lr {job.settings['learning_rate']:g}")
+            records[job.file] = {"name": job.name, "settings": job.settings, **train(job.settings, progress_bar)}
             write_json(job.file, records[job.file])
     return [records[job.file] for job in jobs]
 
 
-def train(settings: dict[str, Any], bar: tqdm) -> dict[str, Any]:
-    """One run from the bundled pipeline: what each iteration cost, and the evaluations before, between and after."""
-    per_iteration = settings["steps_per_generation"] * settings.get("num_iterations", 1)
-    per_iteration //= settings.get("gradient_accumulation_steps", 1)
-    known = {f.name for f in dataclasses.fields(MixGRPOConfig)}
-    texts, recorder = prompts(settings), Recorder(settings["eval_every"], bar)
-    with tempfile.TemporaryDirectory() as folder:  # for the checkpoint that an interrupted trainer leaves
+def _check_settings(job: Job, recorded: dict[str, Any]) -> None:
+    different = []
+    for name in sorted({*recorded, *job.settings}):
+        old = recorded.get(name)
+        new = job.settings.get(name)
+        if old != new:
+            different.append(f"{name}: {old!r}, now {new!r}")
+    if different:
+        raise ValueError(
+            f"{job.file} must have the settings of this command, got other ones ({'; '.join(different)}). Remove the "
+            "file to train again, or choose another `output_dir`."
+        )
+
+
+def train(settings: dict[str, Any], progress_bar: tqdm) -> dict[str, Any]:
+    """One run from the bundled pipeline: the cost of each iteration, and the evaluations."""
+    steps_per_iteration = settings["steps_per_generation"] * settings.get("num_iterations", 1)
+    steps_per_iteration //= settings.get("gradient_accumulation_steps", 1)
+    config_fields = {f.name for f in dataclasses.fields(MixGRPOConfig)}
+    texts = prompts(settings)
+    recorder = Recorder(settings["eval_every"], progress_bar)
+    with tempfile.TemporaryDirectory() as folder:  # for the checkpoint of an interrupted trainer
         config = MixGRPOConfig.from_preset(
             settings["preset"],
-            **{name: value for name, value in settings.items() if name in known},
-            max_steps=settings["iterations"] * per_iteration,
-            logging_steps=per_iteration,
+            **{name: value for name, value in settings.items() if name in config_fields},
+            max_steps=settings["iterations"] * steps_per_iteration,
+            logging_steps=steps_per_iteration,
             output_dir=folder,
             save_strategy="no",
             report_to="none",
@@ -299,8 +360,8 @@ def train(settings: dict[str, Any], bar: tqdm) -> dict[str, Any]:
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         trainer = MixGRPOTrainer(
-            model=FluxPipeline.from_pretrained(toy.path()),
-            reward_funcs=[getattr(toy, name) for name in settings["reward_funcs"]],
+            model=toy.load(),  # in float32
+            reward_funcs=settings["reward_funcs"],
             args=config,
             train_dataset=[{"prompt": text} for text in texts["train"]],
             eval_dataset=[{"prompt": text} for text in texts[settings["eval_on"]]],
@@ -317,54 +378,74 @@ def train(settings: dict[str, Any], bar: tqdm) -> dict[str, Any]:
 
 class Recorder(TrainerCallback):
     """
-    Seconds and passes of each iteration, and the evaluations after every `eval_every` of them.
+    Records the time and the forward passes of each iteration, and the evaluations after every `eval_every` of them.
 
-    Seconds are those of training steps and optimizer steps, without evaluations. Passes are those of one image through
-    the transformer: what the rollout computed, and `TRAINING_PASSES` for each trained step.
+    Times are those of training steps and optimizer steps, without evaluations. Forward passes are those of one image
+    through the transformer: those computed in the rollout, and `TRAINING_PASSES` for each trained step.
     """
 
-    def __init__(self, eval_every: int, bar: tqdm):
-        self.eval_every, self.bar = eval_every, bar
+    def __init__(self, eval_every: int, progress_bar: tqdm) -> None:
+        self.eval_every = eval_every
+        self.progress_bar = progress_bar
         self.iterations: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
-        self.clocks, self.started, self.spent = (time.perf_counter, time.process_time), [0.0, 0.0], [0.0, 0.0]
+        self.clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
+        self.started = dict.fromkeys(self.clocks, 0.0)
+        self.spent = dict.fromkeys(self.clocks, 0.0)
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = [clock() for clock in self.clocks]
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = {name: clock() for name, clock in self.clocks.items()}
 
-    def on_step_end(self, args, state, control, **kwargs):
-        now = [clock() for clock in self.clocks]
-        self.spent = [spent + b - a for spent, a, b in zip(self.spent, self.started, now, strict=True)]
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, clock in self.clocks.items():
+            self.spent[name] += clock() - self.started[name]
         done, rest = divmod(state.global_step, args.optimizer_steps_per_iteration)
-        due = done % self.eval_every == 0 or state.global_step == state.max_steps
-        control.should_evaluate = rest == 0 and due
+        is_due = done % self.eval_every == 0 or state.global_step == state.max_steps
+        control.should_evaluate = rest == 0 and is_due
 
-    def on_log(self, args, state, control, logs, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "nfe" not in logs:
             return
-        size, share = logs["window/size"], args.window_train_fraction
-        trained = size if share == 1 else max(1, int(share * size))
-        costs: float = (TRAINING_PASSES - args.reuse_rollout_graph) * args.num_iterations
-        costs *= min(1, 2 * args.replay_top_k / args.num_generations) if args.replay_top_k else 1
-        costs += args.beta > 0  # a pass by the reference
+        size = logs["window/size"]
+        steps_trained = size
+        if args.window_train_fraction != 1:
+            steps_trained = max(1, int(args.window_train_fraction * size))
         images = args.per_device_train_batch_size * args.steps_per_generation
-        entry = {"seconds": self.spent[0], "cpu_seconds": self.spent[1], "nfe": logs["nfe"]}
-        entry |= {"nfe_computed": logs["nfe_amortized"], "steps_trained": trained}
-        entry["passes"] = images * (logs["nfe_amortized"] + costs * trained)
-        others = ("reward", "window/start", "kl", "clip_ratio/region_mean", "grad_norm")
-        self.iterations.append(entry | {k: v for k, v in logs.items() if k in others or k.startswith("time/")})
-        self.spent = [0.0, 0.0]
-        self.bar.update()
+        entry = dict(self.spent)
+        entry["nfe"] = logs["nfe"]
+        entry["nfe_computed"] = logs["nfe_amortized"]
+        entry["steps_trained"] = steps_trained
+        entry["passes"] = images * (logs["nfe_amortized"] + passes_per_trained_step(args) * steps_trained)
+        for name, value in logs.items():
+            is_kept = name in ("reward", "window/start", "kl", "clip_ratio/region_mean", "grad_norm")
+            if is_kept or name.startswith("time/"):
+                entry[name] = value
+        self.iterations.append(entry)
+        self.spent = dict.fromkeys(self.clocks, 0.0)
+        self.progress_bar.update()
 
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        point = {"iteration": len(self.iterations)}
-        point |= {name: sum(entry[name] for entry in self.iterations) for name in ("seconds", "passes")}
-        point |= {name: metrics[f"eval_{name}"] for name in ("reward", "reward_se")}
-        names = ("wholly_right", "extra_objects")
-        self.evaluations.append(point | {name: metrics[f"eval_rewards/{name}/mean"] for name in names})
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        point: dict[str, float] = {"iteration": len(self.iterations)}
+        for name in ("seconds", "passes"):
+            point[name] = sum(entry[name] for entry in self.iterations)
+        for name in ("reward", "reward_se"):
+            point[name] = metrics[f"eval_{name}"]
+        for name in ("wholly_right", "extra_objects"):
+            point[name] = metrics[f"eval_rewards/{name}/mean"]
+        self.evaluations.append(point)
 
 
-# ---- Small things ----
+def passes_per_trained_step(args: Any) -> float:
+    """Forward passes that training one step costs, per image of the iteration."""
+    passes: float = (TRAINING_PASSES - args.reuse_rollout_graph) * args.num_iterations
+    if args.replay_top_k:
+        passes *= min(1, 2 * args.replay_top_k / args.num_generations)
+    if args.beta > 0:
+        passes += 1  # of the reference model
+    return passes
+
+
+# ---- Files ----
 
 
 def as_file(name: str) -> str:
@@ -372,12 +453,13 @@ def as_file(name: str) -> str:
 
 
 def machine() -> str:
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, threads: {torch.get_num_threads()}"
-    return f"{where}, torch {torch.__version__}"
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"CPU, threads: {torch.get_num_threads()}, torch {torch.__version__}"
 
 
 def write_json(file: Path, content: Any) -> None:
-    """All of it or nothing, so that an interruption leaves no half file behind."""
+    """All of it or nothing, so that an interruption leaves no incomplete file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".part")
     unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -1,11 +1,11 @@
 """
-Every figure and number of docs/theory.md and docs/windows.md, on problems with a known answer: Gaussian data.
+Figures and numbers of docs/theory.md and docs/windows.md, on a problem with a known answer: Gaussian data.
 
-    python examples/theory_plots.py --output docs/images
+    python examples/studies/theory_plots.py --output docs/images
 
 For Gaussian data the velocity field is linear, so every step of [`MixedODESDEScheduler`] is an affine map plus
-Gaussian noise, and the law of the final sample is known once the scheduler has been run on unit vectors. There is no
-network and, but where it says so, no sampling. Takes about half a minute on one core.
+Gaussian noise, and one run of the scheduler on unit vectors gives the law of the final sample. There is no network,
+and no sampling except where stated. Takes about half a minute on one core.
 
 Shapes: `d` latent elements, `T` steps, `S` stochastic steps, `p = d + d * d` parameters, `P` groups of `G` samples.
 """
@@ -25,15 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_mixgrpo.advantages import group_normalize
-from diffusers_mixgrpo.kernels import gaussian_kl
-from diffusers_mixgrpo.scheduling_mixed_ode_sde import MixedODESDEScheduler
-from diffusers_mixgrpo.window_schedule import WindowSchedule
+from diffusers_mixgrpo import MixedODESDEScheduler, WindowSchedule, gaussian_kl
+from diffusers_mixgrpo.core.advantages import group_normalize
 
 
 # Kind of SDE -> the noise level that its authors use
 ETA = {"flow": 0.7, "dance": 0.3, "cps": 0.7, "dpm": 0.7}
-# Paul Tol's bright scheme, safe for the colour-blind; line styles and markers tell the kinds apart without it
+# Paul Tol's bright color scheme, safe for color-blind readers. Line styles and markers also distinguish the kinds.
 STYLE = {
     "ODE": {"color": "#000000", "linestyle": "-", "marker": ""},
     "flow": {"color": "#4477aa", "linestyle": "-", "marker": "o"},
@@ -41,7 +39,7 @@ STYLE = {
     "cps": {"color": "#ee6677", "linestyle": "-.", "marker": "^"},
     "dpm": {"color": "#aa3377", "linestyle": ":", "marker": "D"},
 }
-# A pass with gradient costs three without: its backward pass is about two forward passes.
+# A forward and backward pass costs about three forward passes.
 TRAINING_PASSES = 3
 
 
@@ -90,14 +88,14 @@ def gaussian_1d(std: float = 0.4, mean: float = 0.0) -> GaussianFlow:
 
 
 def gaussian_2d(stds: Sequence[float] = (0.6, 0.2), angle: float = 0.6) -> GaussianFlow:
-    """An anisotropic, tilted Gaussian off the origin."""
+    """An anisotropic, rotated Gaussian away from the origin."""
     turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64)
     cov = turn @ torch.diag(torch.tensor(stds, dtype=torch.float64) ** 2) @ turn.T
     return GaussianFlow(torch.tensor([1.0, -0.5], dtype=torch.float64), cov)
 
 
 def reward_2d() -> QuadraticReward:
-    """Wants another mean than the data's, and a smaller spread."""
+    """A reward with another mean than the data's as its optimum. It also prefers a smaller spread."""
     weight = torch.tensor([[1.0, 0.3], [0.3, 0.5]], dtype=torch.float64)
     return QuadraticReward(torch.tensor([1.3, -0.3], dtype=torch.float64), weight)
 
@@ -124,7 +122,7 @@ def final_law(
     The exact law of the final sample when the initial one is standard normal.
 
     One run of the scheduler on a batch of impulses: the zero vector, the unit vectors as initial samples, and the unit
-    vectors as noise of each stochastic step. What it makes of them are the columns of the affine map.
+    vectors as the noise of each stochastic step. The results are the columns of the affine map.
 
     Args:
         scheduler ([`MixedODESDEScheduler`]): Ready to run; afterwards it has run.
@@ -133,9 +131,10 @@ def final_law(
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: mean `(d,)`, covariance `(d, d)`, and the part of the
-        covariance that the noise of the window brings, `(d, d)`; differentiable in `theta`.
+        covariance that comes from the window's noise, `(d, d)`; differentiable in `theta`.
     """
-    d, window = len(flow.mean), scheduler.window
+    d = len(flow.mean)
+    window = scheduler.window
     eye = torch.eye(d, dtype=torch.float64)
     x = torch.zeros(1 + d + d * len(window), d, dtype=torch.float64)
     x[1 : 1 + d] = eye
@@ -186,10 +185,11 @@ def sample_scores(
         generator (`torch.Generator`, *optional*): Source of the window's noise.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: final samples `(N, d)` and scores `(N, S, p)`. The scores are those of the
-        whole log-density: the scheduler's mean over elements times `d`.
+        `tuple[torch.Tensor, torch.Tensor]`: final samples `(N, d)` and scores `(N, S, p)`. The scores are derivatives
+        of the whole log-density: the scheduler's mean over elements times `d`.
     """
-    x, scores = initial, []
+    x = initial
+    scores = []
     for i, t in enumerate(scheduler.timesteps):
         rows = theta[i].expand(len(x), -1).detach().requires_grad_()
         velocity = flow.velocity(x, scheduler.sigmas[i]) + perturbation(rows, x)
@@ -221,23 +221,24 @@ def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> None:
-    """Prints a Markdown table."""
+    """Print a Markdown table."""
     print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for row in rows:
         print("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row) + " |")
 
 
-# --- what the sampler keeps
+# ---- The sampler's distribution ----
 
 
 def draw_marginals(output: str) -> None:
     """`theory_marginals.png`: error of the final covariance against the number of steps."""
-    flow, counts = gaussian_2d(), [12, 24, 48, 96, 192, 384, 768]
+    flow = gaussian_2d()
+    counts = [12, 24, 48, 96, 192, 384, 768]
     windows = {
-        "SDE on all steps but the last": lambda T: (0, "all"),
-        "4 SDE steps, the first ones": lambda T: (0, 4),
-        "4 SDE steps, from $T/2$ on": lambda T: (T // 2, 4),
-        "$T/4$ SDE steps, from $T/2$ on": lambda T: (T // 2, T // 4),
+        "SDE on all steps except the last": lambda T: (0, "all"),
+        "4 SDE steps from 0": lambda T: (0, 4),
+        "4 SDE steps from $T/2$": lambda T: (T // 2, 4),
+        "$T/4$ SDE steps from $T/2$": lambda T: (T // 2, T // 4),
     }
     figure, axes = plt.subplots(2, 2, figsize=(7, 6.6), sharex=True, sharey=True, layout="constrained")
     ode = [cov_error(flow, make_scheduler(steps)) for steps in counts]
@@ -251,24 +252,25 @@ def draw_marginals(output: str) -> None:
             axis.loglog(counts, errors, **STYLE[kind], markersize=4, linewidth=1.4, label=f"{kind}, η = {eta}")
             rows.append([name, kind, *errors[::2], math.log2(errors[-2] / errors[-1])])
         axis.loglog(
-            counts, [9 / steps for steps in counts], color="#bbbbbb", linewidth=4, zorder=0, label="slope of $1 / T$"
+            counts, [9 / steps for steps in counts], color="#bbbbbb", linewidth=4, zorder=0, label="slope $1 / T$"
         )
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
     rows.append(["none", "ODE", *ode[::2], math.log2(ode[-2] / ode[-1])])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     for axis in axes[1]:
-        axis.set_xlabel("steps $T$")
+        axis.set_xlabel("denoising steps $T$")
         axis.set_xticks(counts, [str(count) for count in counts])
         axis.minorticks_off()
-    figure.supylabel("error of the final covariance, relative", fontsize=10)
+    figure.supylabel("relative error of the final covariance", fontsize=10)
     save(figure, output, "theory_marginals.png")
     table(["window", "kind", *(f"T={count}" for count in counts[::2]), "last order"], rows)
 
 
 def print_solver_orders() -> None:
-    """Orders with a second-order solver around the window."""
-    flow, rows = gaussian_2d(), []
+    """Convergence orders with a second-order solver outside the window."""
+    flow = gaussian_2d()
+    rows = []
     for name, window in (
         ("none", lambda T: (0, 0)),
         ("w=4 at T/4", lambda T: (T // 4, 4)),
@@ -278,12 +280,14 @@ def print_solver_orders() -> None:
             config = {"sde_type": kind, "eta": ETA[kind], "ode_solver": "unipc"}
             errors = [cov_error(flow, make_scheduler(steps, *window(steps), **config)) for steps in (96, 192, 384)]
             rows.append([name, kind, *errors, math.log2(errors[1] / errors[2])])
-    table(["window, UniPC elsewhere", "kind", "T=96", "T=192", "T=384", "order"], rows)
+    table(["window, UniPC outside", "kind", "T=96", "T=192", "T=384", "order"], rows)
 
 
 def print_wide_windows() -> None:
-    """Final std of data of std 0.4 with the SDE on all steps but the last."""
-    flow, counts, rows = gaussian_1d(), (25, 200, 800), []
+    """Final std for data of std 0.4 with the SDE on all steps except the last."""
+    flow = gaussian_1d()
+    counts = (25, 200, 800)
+    rows = []
     for kind, eta, shift in (
         *((kind, eta, shift) for shift in (1.0, 3.0) for kind, eta in ETA.items()),
         ("cps", 0.3, 3.0),
@@ -294,11 +298,11 @@ def print_wide_windows() -> None:
         ]
         limit = 0.4 * math.cos(eta * math.pi / 4) if kind == "cps" else 0.4
         rows.append([kind, eta, shift, *stds, limit])
-    table(["all steps but the last", "eta", "shift", *(f"T={n}" for n in counts), "limit"], rows)
+    table(["all steps except the last", "eta", "shift", *(f"T={n}" for n in counts), "limit"], rows)
 
 
 def flow_excess(start: int, size: int, eta: float) -> float:
-    """The relative excess of variance that `flow` has after steps close to `sigma == 1`, however fine the schedule."""
+    """The relative excess of variance of `flow` after steps close to `sigma == 1`, in the limit of a fine schedule."""
     value = 0.0
     for i in range(start, start + size):
         noise = eta**2 / max(i, 1)
@@ -307,8 +311,9 @@ def flow_excess(start: int, size: int, eta: float) -> float:
 
 
 def print_first_steps() -> None:
-    """The excess of `flow` in a window of 4 near the start, extrapolated to infinitely many steps, and the formula."""
-    flow, rows = gaussian_2d(), []
+    """The excess of `flow` with a window of 4 near the start, extrapolated to infinitely many steps and by formula."""
+    flow = gaussian_2d()
+    rows = []
     for start in (0, 1, 2, 4, 8, 16):
         ratios = []
         for steps in (300, 600):
@@ -320,13 +325,15 @@ def print_first_steps() -> None:
 
 
 def draw_window_position(output: str) -> None:
-    """`theory_window_position.png`: the published setting, window by window."""
-    flow, steps, size = gaussian_2d(), 25, 4
+    """`theory_window_position.png`: final spread by window position, in the published setting."""
+    flow = gaussian_2d()
+    steps = 25
+    size = 4
     starts = range(steps - size)
     _, ode, _ = final_law(make_scheduler(steps, shift=3.0), flow)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.3), layout="constrained")
     left.axhline(math.sqrt(ode.trace() / flow.cov.trace()), **STYLE["ODE"], linewidth=1.2, label="ODE (Euler)")
-    left.axhline(1, color="#bbbbbb", linewidth=4, zorder=0, label="the data")
+    left.axhline(1, color="#bbbbbb", linewidth=4, zorder=0, label="data")
     rows = []
     for kind, eta in ETA.items():
         laws = [final_law(make_scheduler(steps, s, size, sde_type=kind, eta=eta, shift=3.0), flow) for s in starts]
@@ -338,10 +345,10 @@ def draw_window_position(output: str) -> None:
         wide = make_scheduler(steps, 0, "all", sde_type=kind, eta=eta, shift=3.0)
         wide_spread = math.sqrt(final_law(wide, flow)[1].trace() / flow.cov.trace())
         rows.append([kind, eta, *spread[::5], wide_spread, *share[::10]])
-    left.set(xlabel="window start $l$", ylabel="final spread / data's spread")
-    right.set(xlabel="window start $l$", ylabel="variance from the window's noise, %", ylim=(0, 103))
+    left.set(xlabel="window start $l$", ylabel="final spread / data spread")
+    right.set(xlabel="window start $l$", ylabel="variance from window noise (%)", ylim=(0, 103))
     left.legend(fontsize=7.5)
-    figure.suptitle("T = 25 steps, shift 3, window of 4 SDE steps", fontsize=10)
+    figure.suptitle("Window position: T = 25 steps, shift 3, 4 SDE steps", fontsize=10)
     for axis in (left, right):
         axis.set_xticks(range(0, 21, 5))
         axis.grid(alpha=0.3)
@@ -352,24 +359,25 @@ def draw_window_position(output: str) -> None:
     )
 
 
-# --- what the windowed gradient estimates
+# ---- The windowed gradient ----
 
 
 def passes_per_image(steps: int, window: range, trained: int, group_size: int) -> float:
-    """Forward passes per image, the prefix shared by its group, a training pass counted as three."""
+    """Forward passes per image, with a prefix shared by its group. A training pass counts as three."""
     return window.start / group_size + steps - window.start + TRAINING_PASSES * trained
 
 
 def signal_to_noise(rewards: Tensor, scores: Tensor, exact: Tensor) -> tuple[float, float, Tensor, Tensor]:
     """
-    How many images it takes until the estimate's variance is the square of what is estimated, with its error.
+    Number of images for a signal-to-noise ratio of 1: the estimate's variance equals the squared gradient.
 
     Args:
         rewards (`torch.Tensor` of shape `(P, G)`), scores (`torch.Tensor` of shape `(P, G, p)`): Samples.
-        exact (`torch.Tensor` of shape `(p,)`): What they estimate.
+        exact (`torch.Tensor` of shape `(p,)`): The exact gradient.
 
     Returns:
-        `tuple[float, float, torch.Tensor, torch.Tensor]`: images, its standard error, the estimate and its.
+        `tuple[float, float, torch.Tensor, torch.Tensor]`: images and their standard error, estimate and its standard
+        error.
     """
     group_size = rewards.shape[1]
     advantages = rewards - rewards.mean(1, keepdim=True)
@@ -379,17 +387,23 @@ def signal_to_noise(rewards: Tensor, scores: Tensor, exact: Tensor) -> tuple[flo
 
 
 def draw_gradient(output: str, groups: int) -> None:
-    """`theory_gradient.png`: unbiasedness, and images and passes for one unit of signal to noise."""
-    flow, reward, steps, size, group_size = gaussian_2d(), reward_2d(), 25, 4, 12
+    """`theory_gradient.png`: unbiasedness, and images and forward passes for a signal-to-noise ratio of 1."""
+    flow = gaussian_2d()
+    reward = reward_2d()
+    steps, size, group_size = 25, 4, 12
     theta = torch.zeros(steps, 6, dtype=torch.float64)
     ode = expected_gradient(make_scheduler(steps, shift=3.0), flow, reward, theta)
 
-    # 1. The window at each of six places, and all steps at once
+    # 1. The window at each of six positions, and all steps at once
     wide = make_scheduler(steps, 0, "all", shift=3.0)
     exact_wide = expected_gradient(wide, flow, reward, theta)
     wide = make_scheduler(steps, 0, "all", shift=3.0)
     rewards_wide, scores_wide = sample_groups(wide, flow, reward, theta, groups, group_size, seed=99)
-    rows, points, bars, variances, worst = [], [], [], [], 0.0
+    rows = []
+    points = []
+    bars = []
+    variances = []
+    worst = 0.0
     places = range(0, steps - size, size)
     for place in places:
         inside = slice(place, place + size)
@@ -417,17 +431,17 @@ def draw_gradient(output: str, groups: int) -> None:
                 f"{images * cost:.0f} ± {error * cost:.0f}",
             ]
         )
-    header = ["window", "gradient", "cos to ODE's part", "std of R in a group", "images, window", "images, all SDE"]
-    table([*header, "passes / image", "passes"], rows)
-    print(f"\nlargest deviation of an estimate from the exact value: {worst:.2f} standard errors of {6 * len(rows)}")
+    header = ["window", "gradient norm", "cos to ODE part", "std of R in a group", "images, window", "images, all SDE"]
+    table([*header, "forward passes / image", "forward passes"], rows)
+    print(f"\nlargest deviation of {6 * len(rows)} estimates from the exact values: {worst:.2f} standard errors")
 
     # 2. All steps, a random 14 of them, and the sum of the windows
-    full = exact_wide[:24].sum(0)  # the last step is an ODE step, which no score sees
+    full = exact_wide[:24].sum(0)  # the last step is an ODE step without a score
     rows = []
     generator = torch.Generator().manual_seed(7)
     chosen = torch.rand(groups, 1, 24, 1, generator=generator).argsort(2) < 14
     swept = torch.stack([exact for _, exact, *_ in bars]).sum(0)
-    # Six windows, an equal share of images to each: an image of the sweep estimates a sixth of the sum.
+    # Six windows with an equal share of the images each: one image of the sweep estimates a sixth of the sum.
     variance, spread = torch.stack(variances).T * len(bars) / swept.square().sum()
     images, images_error = float(variance.sum()), float(spread.norm())
     for name, part, trained in (("all 24", scores_wide, 24), ("random 14 of 24", scores_wide * chosen * 24 / 14, 14)):
@@ -437,14 +451,14 @@ def draw_gradient(output: str, groups: int) -> None:
     shared = sum(cost for *_, cost in points) / len(points)
     for name, cost in (
         ("six windows in turn", shared),
-        ("the same, prefix not shared", steps + TRAINING_PASSES * size),
+        ("six windows in turn, prefix not shared", steps + TRAINING_PASSES * size),
     ):
         rows.append([name, cosine(swept, ode.sum(0)), images, images_error, cost, images * cost, images_error * cost])
-    table(["trained", "cos to the ODE's gradient", "images", "±", "passes / image", "passes", "±"], rows)
+    table(["trained", "cos to ODE gradient", "images", "±", "forward passes / image", "forward passes", "±"], rows)
     for place, exact, *_ in bars:
-        print(f"window at {place}: cos to the ODE's whole gradient {cosine(exact, ode.sum(0)):.3f}")
+        print(f"window at {place}: cos to the whole ODE gradient {cosine(exact, ode.sum(0)):.3f}")
 
-    # 3. The picture
+    # 3. The figure
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
     for (place, exact, estimate, error), color in zip(bars[1::2], ("#4477aa", "#ee6677", "#228833"), strict=True):
         index = np.arange(len(exact))
@@ -455,22 +469,23 @@ def draw_gradient(output: str, groups: int) -> None:
     left.plot([], [], "_", color="#777777", markersize=14, markeredgewidth=2, label="exact")
     left.axhline(0, color="#bbbbbb", linewidth=0.8)
     left.set_xticks(range(6), ["$b_1$", "$b_2$", "$W_{11}$", "$W_{12}$", "$W_{21}$", "$W_{22}$"])
-    left.set(xlabel="parameter of the velocity", ylabel="derivative of expected reward")
-    left.set_title("mean estimate ± 2 standard errors", fontsize=10)
+    left.set(xlabel="velocity parameter", ylabel="derivative of the expected reward")
+    left.set_title("Gradient estimates ± 2 standard errors", fontsize=10)
     left.legend(fontsize=8)
     place, images, error, images_wide, error_wide, cost = map(np.array, zip(*points, strict=True))
     unshared = passes_per_image(steps, range(steps - 1), size, group_size)
     for name, count, spread, passes, color, style in (
         ("SDE on all steps", images_wide, error_wide, unshared, "#ee6677", "s--"),
         ("SDE in the window", images, error, unshared, "#228833", "^-."),
-        ("the same, prefix shared", images, error, cost, "#4477aa", "o-"),
+        ("SDE in the window, shared prefix", images, error, cost, "#4477aa", "o-"),
     ):
         right.errorbar(
             place, count * passes, spread * passes, fmt=style, color=color, markersize=4, capsize=3, label=name
         )
-    right.set(xlabel="window start $l$", ylabel="passes until signal = noise", xticks=place)
+    right.set(xlabel="window start $l$", ylabel="forward passes for signal = noise", xticks=place)
+    right.margins(y=0.3)  # room for the legend
     right.set_ylim(bottom=0)
-    right.set_title("cost of the gradient of 4 steps", fontsize=10)
+    right.set_title("Cost of a 4-step gradient", fontsize=10)
     right.legend(fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.3)
@@ -478,19 +493,22 @@ def draw_gradient(output: str, groups: int) -> None:
 
 
 def print_group_statistics(groups: int) -> None:
-    """What the group mean and the group's std do to the estimate."""
-    flow, reward, steps, place = gaussian_2d(), reward_2d(), 25, 8
+    """Effect of the group's mean and std on the gradient estimate."""
+    flow = gaussian_2d()
+    reward = reward_2d()
+    steps, place = 25, 8
     theta = torch.zeros(steps, 6, dtype=torch.float64)
     inside = slice(place, place + 4)
     exact = expected_gradient(make_scheduler(steps, place, 4, shift=3.0), flow, reward, theta)[inside].sum(0)
-    unit, rows = exact / exact.norm(), []
+    unit = exact / exact.norm()
+    rows = []
     for group_size in (2, 4, 12, 48):
         count = groups * 12 // group_size
         scheduler = make_scheduler(steps, place, 4, shift=3.0)
         rewards, scores = sample_groups(scheduler, flow, reward, theta, count, group_size, seed=group_size)
-        centred = rewards - rewards.mean(1, keepdim=True)
+        centered = rewards - rewards.mean(1, keepdim=True)
         row: list = [group_size, (group_size - 1) / group_size]
-        for advantages in (centred, group_normalize(rewards)):
+        for advantages in (centered, group_normalize(rewards)):
             estimates = (advantages.unsqueeze(-1) * scores.sum(2)).mean(1)
             estimate, error = mean_and_error(estimates)
             along, along_error = mean_and_error(estimates @ unit)
@@ -508,11 +526,11 @@ def sideways(vector: Tensor, unit: Tensor) -> float:
     return float((vector - (vector @ unit) * unit).norm())
 
 
-# --- KL
+# ---- KL ----
 
 
 def draw_kl(output: str, samples: int) -> None:
-    """`theory_kl.png`: the exact term against a Monte-Carlo estimate, step by step."""
+    """`theory_kl.png`: exact KL and Monte Carlo estimate by step."""
     steps, elements, delta = 25, 64, 0.5
     generator = torch.Generator().manual_seed(0)
     x, velocity, direction = torch.randn(3, 1, elements, generator=generator, dtype=torch.float64)
@@ -530,7 +548,7 @@ def draw_kl(output: str, samples: int) -> None:
             drawn = mean + std * noise
             difference = scheduler.log_prob(velocity, x, drawn, i) - scheduler.log_prob(other, x, drawn, i)
             estimate, error = mean_and_error(difference)
-            # The usual low-variance estimate, of the whole latent's log-ratio, per element again
+            # The usual low-variance estimate (k3) of the whole latent's log-ratio, divided by its elements
             _, k3_error = mean_and_error((torch.expm1(-difference * elements) + difference * elements) / elements)
             estimates.append(float(estimate))
             errors.append(float(error))
@@ -548,19 +566,20 @@ def draw_kl(output: str, samples: int) -> None:
         )
         deviation = max(abs(a - b) / e for a, b, e in zip(exact, estimates, errors, strict=True))
         rows.append([kind, exact[0], exact[8], exact[23], estimates[8], errors[8], k3_errors[8], deviation])
-    axis.set(xlabel="step", ylabel="KL, nats per latent element")
+    axis.set(xlabel="denoising step", ylabel="KL (nats per latent element)")
+    axis.set_title("Exact and sampled KL", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, title="line: exact; points: sampled ± 2 s.e.", title_fontsize=8)
+    axis.legend(fontsize=8, title="lines: exact; points: sampled ± 2 SE", title_fontsize=8)
     save(figure, output, "theory_kl.png")
-    names = ["exact, step 0", "step 8", "step 23", "sampled, step 8", "±", "± of k3", "largest deviation / s.e."]
+    names = ["exact, step 0", "step 8", "step 23", "sampled, step 8", "±", "± of k3", "largest deviation / SE"]
     table(["kind", *names], rows)
 
 
-# --- windows
+# ---- Windows ----
 
 
 def draw_windows(output: str, iterations: int = 600) -> None:
-    """`windows.png`: window position against iteration, and the share of iterations that train each step."""
+    """`windows.png`: window position by iteration, and the share of iterations that train each step."""
     schedules = {
         "progressive": WindowSchedule("progressive"),
         "exp_decay": WindowSchedule("exp_decay"),
@@ -575,24 +594,22 @@ def draw_windows(output: str, iterations: int = 600) -> None:
     for (left, right), (name, schedule) in zip(axes, schedules.items(), strict=True):
         windows = [schedule.schedule(m) for m in range(iterations)]
         starts = np.array([window.start for window in windows])
-        if name == "random":  # 600 draws side by side would be a grey field
+        if name == "random":  # steps between 600 draws would fill the plot
             left.vlines(range(iterations), starts - 0.5, starts + 3.5, color="#4477aa", linewidth=0.7)
         else:
             edges = np.arange(iterations + 1)
             first = np.append(starts, starts[-1])
             left.fill_between(edges, first - 0.5, first + 3.5, step="post", color="#4477aa", linewidth=0)
-        # A sweep's shares are exact; for `random` those of all starts, which is what it draws from
+        # Exact shares over one sweep; for `random` the expected ones, over all starts
         weights = np.zeros(schedule.num_inference_steps)
         for start, stay in schedule.stays:
             weights[start : start + schedule.window_size] += stay / schedule.sweep_length
         right.barh(range(25), 100 * weights, color="#ccbb44", height=1.0, linewidth=0)
         left.axvline(300, color="#ee6677", linestyle="--", linewidth=1.5, label="end of the published run")
-        left.axhline(
-            23.5, color="#777777", linestyle=":", linewidth=1.5, label="the last step is above: never trained"
-        )
+        left.axhline(23.5, color="#777777", linestyle=":", linewidth=1.5, label="last step: never trained")
         left.set_ylabel("denoising step")
         sweeps = name not in ("random", "frozen")
-        left.set_title(name + f", a sweep is {schedule.sweep_length} iterations" * sweeps, fontsize=10, loc="left")
+        left.set_title(name + f" (sweep: {schedule.sweep_length} iterations)" * sweeps, fontsize=10, loc="left")
         left.set(ylim=(-0.5, 24.5), xlim=(0, iterations), yticks=(0, 8, 16, 24))
         right.set(xlim=(0, 40), xticks=(0, 20, 40))
         right.grid(axis="x", alpha=0.3)
@@ -607,7 +624,7 @@ def draw_windows(output: str, iterations: int = 600) -> None:
     axes[-1, 1].text(20, 1.5, "100%", ha="center", va="center", fontsize=9)
     axes[-1, 0].legend(fontsize=8, loc="center right")
     axes[-1, 0].set_xlabel("training iteration")
-    axes[-1, 1].set_xlabel("trained in % of\niterations")
+    axes[-1, 1].set_xlabel("trained\n(% of iterations)")
     save(figure, output, "windows.png")
     table(["strategy", "sweep", "start at 299", "step 0", "step 12", "step 23"], rows)
 
@@ -620,7 +637,7 @@ def save(figure, output: str, name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="docs/images", help="folder of the figures; it is made if need be")
+    parser.add_argument("--output", default="docs/images", help="folder of the figures, created if missing")
     parser.add_argument("--groups", type=int, default=20000, help="groups of 12 samples for each gradient estimate")
     parser.add_argument("--samples", type=int, default=16000, help="samples for each KL estimate")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Rewards of groups to advantages."""
+"""Advantages from the rewards of groups."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_mixgrpo import compute_advantages
-from diffusers_mixgrpo.advantages import combine_rewards, group_normalize, keep_extremes, normalize_weights
+from diffusers_mixgrpo.core.advantages import combine_rewards, group_normalize, keep_extremes, normalize_weights
 
 
 NAN = math.nan
@@ -37,7 +37,7 @@ def test_groups_do_not_see_each_other():
 
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
 @pytest.mark.parametrize("aggregation", ["normalize_then_sum", "sum_then_normalize"])
-def test_equal_rewards_give_exactly_nothing(scale_rewards, aggregation):
+def test_equal_rewards_have_advantages_of_exactly_zero(scale_rewards, aggregation):
     # The mean of seven times 0.1 is not 0.1 in floating point.
     rewards = tensor([[0.1] * 7, [0.3] * 7], [[0.7] * 7, [1e-3] * 7])
     assert torch.equal(compute_advantages(rewards, None, aggregation, scale_rewards), torch.zeros(2, 7))
@@ -50,7 +50,7 @@ def test_an_unscored_image_is_left_out():
 
 @pytest.mark.parametrize("group", [[NAN, NAN, NAN], [4.0, NAN, NAN]])
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
-def test_fewer_than_two_scores_give_nothing(group, scale_rewards):
+def test_fewer_than_two_scores_give_no_advantage(group, scale_rewards):
     advantages = compute_advantages(tensor([group, [1.0, 2.0, 3.0]]), scale_rewards=scale_rewards)
     assert torch.equal(advantages[0], torch.zeros(3))
     assert advantages[1, 2] > 0
@@ -66,7 +66,7 @@ def test_a_failure_of_one_reward_leaves_the_others():
     torch.testing.assert_close(summed, torch.tensor([[root, 0.0, -root]]))
 
 
-def test_normalising_first_makes_rewards_of_any_scale_equal():
+def test_normalizing_first_makes_rewards_of_any_scale_equal():
     small, large = [[0.0, 0.1, 0.2]], [[2000.0, 1000.0, 0.0]]
     assert torch.allclose(compute_advantages(tensor(small, large)), torch.zeros(1, 3), atol=1e-4)
     summed = compute_advantages(tensor(small, large), aggregation="sum_then_normalize")
@@ -77,10 +77,10 @@ def test_weights():
     rewards = tensor([[1.0, 2.0, 3.0]], [[3.0, 2.0, 1.0]])
     torch.testing.assert_close(compute_advantages(rewards, [3, 1]), torch.tensor([[-0.5, 0.0, 0.5]]))
     torch.testing.assert_close(compute_advantages(rewards, [300, 100]), torch.tensor([[-0.5, 0.0, 0.5]]))
-    # One of weight 0 is watched only, and may fail.
-    watched = tensor([[1.0, 2.0, 3.0]], [[NAN, NAN, NAN]])
+    # A reward of weight 0 is only logged, and may fail.
+    logged = tensor([[1.0, 2.0, 3.0]], [[NAN, NAN, NAN]])
     for aggregation in ("normalize_then_sum", "sum_then_normalize"):
-        torch.testing.assert_close(compute_advantages(watched, [1, 0], aggregation), torch.tensor([[-1.0, 0.0, 1.0]]))
+        torch.testing.assert_close(compute_advantages(logged, [1, 0], aggregation), torch.tensor([[-1.0, 0.0, 1.0]]))
     assert normalize_weights(None, 4).tolist() == [0.25] * 4
     assert normalize_weights([1, -1], 2).tolist() == [0.5, -0.5]
 
@@ -115,14 +115,14 @@ def test_properties(group):
     advantages = compute_advantages(rewards, clip=None)
     assert advantages.dtype == torch.float32 and advantages.isfinite().all()
     for row, values in zip(advantages.double(), rewards[0], strict=True):
-        assert abs(row.sum()) < 1e-3  # centred
+        assert abs(row.sum()) < 1e-3  # centered
         spread = values.max() - values.min()
         if spread > 1e-3:
             assert row.std().item() == pytest.approx(1, rel=1e-3)  # of unit variance
             assert values.max() - values[row.argmax()] <= 1e-6 * spread  # the best is the best
     if all(max(g) - min(g) > 1e-2 for g in group):
         shifted = compute_advantages(3 * rewards + 7, clip=None)
-        torch.testing.assert_close(shifted, advantages, rtol=1e-3, atol=1e-4)  # an affine change of units is none
+        torch.testing.assert_close(shifted, advantages, rtol=1e-3, atol=1e-4)  # units do not matter
 
 
 def test_bad_arguments():

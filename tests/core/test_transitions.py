@@ -1,4 +1,4 @@
-"""The kernels against formulas written down a second time, in float64 and in other terms."""
+"""Transitions against formulas written a second time, in float64 and in other terms."""
 
 import math
 
@@ -7,11 +7,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_mixgrpo import kernels
-from diffusers_mixgrpo.kernels import gaussian_kl, gaussian_log_prob, predict_noise, predict_x0, sde_transition
+from diffusers_mixgrpo.core.transitions import (
+    SDE_TYPES,
+    Transitions,
+    gaussian_kl,
+    gaussian_log_prob,
+    predict_noise,
+    predict_x0,
+    sde_transition,
+)
 
 
 SHAPES = [(1, 6, 8), (3, 6, 8), (2, 4, 3, 5), (2, 4, 2, 3, 5)]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 def static_shift(steps: int, shift: float = 3.0) -> list[float]:
@@ -54,8 +66,8 @@ def transition(sde_type, v, x, sigma, sigma_next, eta, second):
     return sde_transition(sde_type, v, x, sigma, sigma_next, eta, second)
 
 
-@pytest.mark.parametrize("sde_type", kernels.SDE_TYPES)
-@pytest.mark.parametrize("steps", [2, 3, 7, 16, 25, 50])
+@pytest.mark.parametrize("sde_type", SDE_TYPES)
+@pytest.mark.parametrize("steps", [2, 3, 7, 25])
 @pytest.mark.parametrize("schedule", [static_shift, lambda n: dynamic_shift(n, 0.5), lambda n: dynamic_shift(n, 1.15)])
 def test_closed_form_at_every_step(sde_type, steps, schedule):
     generator = torch.Generator().manual_seed(steps)
@@ -76,7 +88,7 @@ def test_closed_form_at_every_step(sde_type, steps, schedule):
 levels = st.floats(1e-3, 0.999)
 
 
-@given(levels, levels, st.floats(0.01, 1.0), st.sampled_from(kernels.SDE_TYPES))
+@given(levels, levels, st.floats(0.01, 1.0), st.sampled_from(SDE_TYPES))
 @settings(max_examples=200, deadline=None)
 def test_closed_form_between_any_two_levels(a, b, eta, sde_type):
     sigma_next, sigma = sorted((a, b))
@@ -88,8 +100,8 @@ def test_closed_form_between_any_two_levels(a, b, eta, sde_type):
         assert std.item() == pytest.approx(std_, rel=1e-9, abs=1e-10)
 
 
-@pytest.mark.parametrize("sde_type", kernels.SDE_TYPES)
-def test_finite_where_all_is_noise(sde_type):
+@pytest.mark.parametrize("sde_type", SDE_TYPES)
+def test_finite_at_pure_noise(sde_type):
     for dtype in (torch.float32, torch.float64):
         v, x = (torch.randn(2, 4, 4, dtype=dtype, requires_grad=True) for _ in range(2))
         one, following = torch.ones((), dtype=dtype), torch.tensor(0.96, dtype=dtype)
@@ -108,23 +120,48 @@ def test_sde_dpm_at_one_is_the_limit():
         assert (a - b).abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("sde_type", kernels.SDE_TYPES)
+@pytest.mark.parametrize("sde_type", SDE_TYPES)
 def test_one_batch_of_many_steps_is_each_step_alone(sde_type):
     sigmas = torch.tensor(static_shift(25)).float()
-    generator = torch.Generator().manual_seed(0)
-    v, x, y = torch.randn(3, 24, 16, 8, generator=generator)
-    column = sigmas[:, None, None]
-    mean, std = sde_transition(sde_type, v, x, column[:24], column[1:25], 0.7, sigmas[1])
-    log_prob = gaussian_log_prob(y, mean, std) if sde_type in ("flow", "dance") else None
-    for i in range(24):
-        mean_, std_ = sde_transition(sde_type, v[i : i + 1], x[i : i + 1], sigmas[i], sigmas[i + 1], 0.7, sigmas[1])
-        assert torch.equal(mean[i : i + 1], mean_)
-        assert torch.equal(std[i].squeeze(), std_)
-        if log_prob is not None:
-            torch.testing.assert_close(log_prob[i : i + 1], gaussian_log_prob(y[i : i + 1], mean_, std_))
+    transitions = Transitions(
+        sde_type, 0.7, sigmas=sigmas[3:9], next_sigmas=sigmas[4:10], sigma_max=sigmas[1], timesteps=1000 * sigmas[3:9]
+    )
+    assert len(transitions) == 6
+    steps = torch.tensor([5, 0, 3, 3, 1, 2, 4, 0, 5])
+    v, x, z = torch.randn(3, len(steps), 16, 8, generator=torch.Generator().manual_seed(0))
+    mean, std = transitions.mean_and_std(v, x, steps)
+    assert mean.shape == x.shape and std.shape == (len(steps), 1, 1)
+    y = mean + std * z
+    log_prob = gaussian_log_prob(y, mean, std)
+    for row, step in enumerate(steps.tolist()):
+        one = slice(row, row + 1)
+        alone, alone_std = sde_transition(
+            sde_type, v[one], x[one], sigmas[3 + step], sigmas[4 + step], 0.7, sigma_max=sigmas[1]
+        )
+        # Arithmetic and square roots are rounded correctly by IEEE 754: the coefficients are the same bits.
+        assert torch.equal(std[row].squeeze(), alone_std)
+        assert (mean[one] - alone).abs().max() <= 1e-5 * alone.abs().max()
+        torch.testing.assert_close(log_prob[one], gaussian_log_prob(y[one], alone, alone_std), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("sde_type", kernels.SDE_TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transitions_of_latents_of_any_shape(shape):
+    generator = torch.Generator().manual_seed(1)
+    sigmas = torch.tensor(static_shift(10), dtype=torch.float64)
+    transitions = Transitions("flow", 0.7, sigmas[:4], sigmas[1:5], sigmas[1], 1000 * sigmas[:4])
+    v, x = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    steps = torch.arange(len(x)) % 4
+    mean, std = transitions.mean_and_std(v, x, steps)
+    assert std.shape == (len(x), *[1] * (len(shape) - 1))
+    for row, step in enumerate(steps.tolist()):
+        expected, expected_std = reference(
+            "flow", v[row], x[row], float(sigmas[step]), float(sigmas[step + 1]), 0.7, float(sigmas[1])
+        )
+        torch.testing.assert_close(mean[row], expected, rtol=1e-10, atol=1e-10)
+        assert std[row].item() == pytest.approx(expected_std, rel=1e-10)
+
+
+@pytest.mark.parametrize("sde_type", SDE_TYPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_float32_or_better(sde_type, dtype):
     v, x = torch.randn(2, 2, 8, 8).to(dtype)
@@ -133,7 +170,8 @@ def test_float32_or_better(sde_type, dtype):
     mean, std = sde_transition(sde_type, v, x, sigma, sigma_next, 0.7, second)
     mean_, _ = sde_transition(sde_type, v.double(), x.double(), sigma, sigma_next, 0.7, second)
     assert mean.dtype == std.dtype == expected_dtype
-    assert (mean - mean_).abs().max() < 1e-5  # nothing was rounded to the dtype of the inputs on the way
+    # Nothing was rounded to the dtype of the inputs on the way: bfloat16 and float16 would be off by 4e-3 and 5e-4.
+    assert (mean - mean_).abs().max() < 2e-5
     for result in (gaussian_log_prob(x, mean, std), gaussian_kl(mean, x, std), predict_x0(v, x, sigma)):
         assert result.dtype == expected_dtype
 
@@ -146,7 +184,7 @@ def test_predictions():
     torch.testing.assert_close(predict_noise(v, x, sigma), noise)
 
 
-def test_cps_keeps_the_shares_of_data_and_noise():
+def test_cps_keeps_the_amounts_of_data_and_noise():
     noise, data = torch.randn(2, 2, 4, 4, dtype=torch.float64)
     x, v = 0.2 * data + 0.8 * noise, noise - data
     mean, std = transition("cps", v, x, 0.8, 0.6, 0.7, 0.9)
@@ -156,7 +194,7 @@ def test_cps_keeps_the_shares_of_data_and_noise():
 
 @pytest.mark.parametrize("sde_type", ["flow", "dance", "dpm"])
 def test_small_steps_move_the_mean_like_the_ode_plus_score(sde_type):
-    # the SDE's drift: v dt + s^2/2 * (-score) dt, with s^2 = std^2 / |dt|, whatever the kind
+    # The SDE's drift is v dt + s^2/2 * (-score) dt with s^2 = std^2 / |dt|, for each kind.
     v, x = torch.randn(2, 2, 3, 4, dtype=torch.float64)
     sigma, step = 0.6, 1e-6
     mean, std = transition(sde_type, v, x, sigma, sigma - step, 0.5, 0.9)
@@ -181,16 +219,14 @@ def test_kl():
     )
     torch.testing.assert_close(gaussian_kl(mean, mean_ref, std), exact.mean(dim=(1, 2)), rtol=1e-12, atol=1e-12)
     generator = torch.Generator().manual_seed(0)
-    samples = mean + std * torch.randn(20_000, *mean.shape, generator=generator, dtype=torch.float64)
-    estimate = torch.stack(
-        [gaussian_log_prob(s, mean, std) - gaussian_log_prob(s, mean_ref, std) for s in samples[:2000]]
-    )
+    samples = mean + std * torch.randn(1000, *mean.shape, generator=generator, dtype=torch.float64)
+    estimate = torch.stack([gaussian_log_prob(s, mean, std) - gaussian_log_prob(s, mean_ref, std) for s in samples])
     error = estimate.std(0) / math.sqrt(len(estimate))
     assert ((estimate.mean(0) - gaussian_kl(mean, mean_ref, std)).abs() < 5 * error).all()
     assert gaussian_kl(mean, mean, std).eq(0).all()
 
 
-@pytest.mark.parametrize("sde_type", kernels.SDE_TYPES)
+@pytest.mark.parametrize("sde_type", SDE_TYPES)
 @pytest.mark.parametrize("sigma", [1.0, 0.7])
 def test_gradients(sde_type, sigma):
     v, x, y = (torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -204,5 +240,5 @@ def test_gradients(sde_type, sigma):
 def test_unknown_kind():
     v, x = torch.randn(2, 1, 2, 2)
     sigma = torch.tensor(0.5)
-    with pytest.raises(ValueError, match="`sde_type` must be one of 'flow', 'dance', 'cps', 'dpm', but is 'ode'"):
+    with pytest.raises(ValueError, match="`sde_type` must be one of 'flow', 'dance', 'cps', 'dpm', got 'ode'"):
         sde_transition("ode", v, x, sigma, sigma / 2, 0.7, sigma)

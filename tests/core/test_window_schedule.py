@@ -11,8 +11,8 @@ from itertools import groupby, islice
 
 import pytest
 
-import diffusers_mixgrpo.window_schedule
-from diffusers_mixgrpo.window_schedule import Window, WindowSchedule
+import diffusers_mixgrpo.core.window_schedule
+from diffusers_mixgrpo.core.window_schedule import Window, WindowSchedule
 
 
 STRATEGIES = ["progressive", "random", "frozen", "linear_decay", "exp_decay"]
@@ -27,9 +27,13 @@ def every_schedule():
                         yield WindowSchedule(strategy, steps, size, interval, stride)
 
 
-def runs(schedule: WindowSchedule, count: int | None = None) -> list[tuple[int, int]]:
+def sweep(schedule: WindowSchedule) -> list[Window]:
+    return [schedule.schedule(iteration) for iteration in range(schedule.sweep_length)]
+
+
+def runs(schedule: WindowSchedule) -> list[tuple[int, int]]:
     """(start, iterations in a row) of one sweep, counted from the outside."""
-    starts = [schedule.schedule(m).start for m in range(count or schedule.sweep_length)]
+    starts = [window.start for window in sweep(schedule)]
     return [(start, len(list(group))) for start, group in groupby(starts)]
 
 
@@ -44,20 +48,18 @@ def test_windows_are_legal_everywhere():
 def test_sweeps_repeat():
     for schedule in every_schedule():
         if schedule.strategy != "random":
-            sweep = list(schedule.sweep())
-            assert len(sweep) == schedule.sweep_length
-            again = [schedule.schedule(schedule.sweep_length + m) for m in range(schedule.sweep_length)]
-            assert again == sweep
-            assert sweep[0].start == 0
+            first = sweep(schedule)
+            assert [schedule.schedule(schedule.sweep_length + m) for m in range(schedule.sweep_length)] == first
+            assert first[0].start == 0
 
 
-def test_every_step_but_the_last_is_trained_when_strides_leave_no_gap():
+def test_every_step_except_the_last_is_trained_when_strides_leave_no_gap():
     for schedule in every_schedule():
         if schedule.strategy in ("progressive", "linear_decay", "exp_decay"):
-            trained = {step for start, size in schedule.sweep() for step in range(start, start + size)}
+            trained = {step for start, size in sweep(schedule) for step in range(start, start + size)}
             if schedule.window_stride <= schedule.window_size:
                 assert trained == set(range(schedule.num_inference_steps - 1))
-            assert schedule.num_inference_steps - 2 in trained  # gap or no gap, a sweep goes to the end
+            assert schedule.num_inference_steps - 2 in trained  # also with gaps, a sweep goes to the end
 
 
 def test_progressive_of_the_paper():
@@ -79,7 +81,7 @@ def test_partial_strides_end_at_the_last_legal_start(stride, starts):
 
 def test_share_of_iterations_of_each_step():
     schedule = WindowSchedule("progressive", num_inference_steps=10, window_size=4, window_interval=5)
-    count = Counter(step for start, size in schedule.sweep() for step in range(start, start + size))
+    count = Counter(step for start, size in sweep(schedule) for step in range(start, start + size))
     for step in range(9):
         # a step lies in the windows that start at step - 3 ... step, of which 0 ... 5 are legal
         legal = [start for start in range(step - 3, step + 1) if 0 <= start <= 5]
@@ -98,7 +100,7 @@ def test_exp_decay():
 
 
 def test_linear_decay():
-    schedule = WindowSchedule("linear_decay", 13, 2, max_interval=21, min_interval=1)
+    schedule = WindowSchedule("linear_decay", 13, 2, window_interval=21, min_interval=1)
     assert runs(schedule) == [(start, 21 - 2 * start) for start in range(11)]
     rounded = WindowSchedule("linear_decay", 6, 1, window_interval=4, min_interval=1)  # 4, 3.25, 2.5, 1.75, 1
     assert runs(rounded) == [(0, 4), (1, 3), (2, 3), (3, 2), (4, 1)]
@@ -128,10 +130,10 @@ def test_random_is_uniform_and_seeded():
         # a share of 1/5 has a standard deviation of 0.0057 over 5000 draws
         assert all(abs(n / 5000 - 1 / 5) < 0.03 for n in count.values())
         repeats = sum(a == b for a, b in zip(starts, islice(starts, 1, None), strict=False))
-        assert abs(repeats / 4999 - 1 / 5) < 0.03  # neighbours know nothing of each other
+        assert abs(repeats / 4999 - 1 / 5) < 0.03  # successive draws are independent
 
 
-def test_random_does_not_depend_on_what_was_asked_before():
+def test_random_does_not_depend_on_earlier_calls():
     schedule = WindowSchedule("random", 20, 3, seed=5)
     forward = [schedule.schedule(m) for m in range(100)]
     assert [schedule.schedule(m) for m in reversed(range(100))] == forward[::-1]
@@ -149,7 +151,7 @@ def test_the_same_in_every_process():
     )
     for hash_seed in ("0", "4242"):
         # the file alone, without the package: it needs no torch
-        command = [sys.executable, "-c", code, diffusers_mixgrpo.window_schedule.__file__]
+        command = [sys.executable, "-c", code, diffusers_mixgrpo.core.window_schedule.__file__]
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert result.stdout == expected, result.stderr
@@ -162,7 +164,7 @@ def test_window_is_a_pair():
 
 def test_schedule_is_a_value():
     a, b = WindowSchedule("exp_decay", 12, 2), WindowSchedule("exp_decay", 12, 2)
-    assert a.sweep_length == 250  # fills its cache, which is no part of the value
+    assert a.sweep_length == 250  # computes the cached property, which is not part of the value
     assert a == b and hash(a) == hash(b) and pickle.loads(pickle.dumps(a)) == a
     with pytest.raises(AttributeError):
         a.window_size = 3
@@ -171,22 +173,23 @@ def test_schedule_is_a_value():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"strategy": "backwards"}, "`strategy` must be one of 'progressive'.*but is 'backwards'"),
-        ({"num_inference_steps": 1}, "`num_inference_steps` must be an integer >= 2, but is 1"),
-        ({"window_size": 0}, r"`window_size` must be an integer in \[1, 24\], but is 0"),
-        ({"window_size": 25}, r"`window_size` must be an integer in \[1, 24\], but is 25"),
+        ({"strategy": "backwards"}, "`strategy` must be one of 'progressive'.*got 'backwards'"),
+        ({"num_inference_steps": 1}, "`num_inference_steps` must be an integer >= 2, got 1"),
+        ({"window_size": 0}, r"`window_size` must be an integer in \[1, 24\], got 0"),
+        ({"window_size": 25}, r"`window_size` must be an integer in \[1, 24\], got 25"),
         ({"window_size": 2.0}, "`window_size` must be an integer"),
-        ({"window_interval": 0}, "`window_interval` must be an integer >= 1, but is 0"),
-        ({"window_stride": -1}, "`window_stride` must be an integer >= 1, but is -1"),
-        ({"strategy": "frozen", "start": 21}, r"`start` must be an integer in \[0, 20\], but is 21"),
-        ({"strategy": "progressive", "start": 3}, r"`start` must be an integer in \[0, 0\], but is 3"),
-        ({"decay_rate": -0.1}, "`decay_rate` must be a finite number >= 0, but is -0.1"),
-        ({"decay_rate": math.nan}, "`decay_rate` must be a finite number >= 0, but is nan"),
-        ({"decay_start": -1}, "`decay_start` must be an integer >= 0, but is -1"),
-        ({"strategy": "linear_decay", "max_interval": 0}, "`max_interval` must be an integer >= 1, but is 0"),
+        ({"window_interval": 0}, "`window_interval` must be an integer >= 1, got 0"),
+        ({"window_stride": -1}, "`window_stride` must be an integer >= 1, got -1"),
+        ({"strategy": "frozen", "start": 21}, r"`start` must be an integer in \[0, 20\], got 21"),
+        ({"strategy": "progressive", "start": 3}, r"`start` must be an integer in \[0, 0\], got 3"),
+        ({"decay_rate": -0.1}, "`decay_rate` must be a finite number >= 0, got -0.1"),
+        ({"decay_rate": math.nan}, "`decay_rate` must be a finite number >= 0, got nan"),
+        ({"decay_start": -1}, "`decay_start` must be an integer >= 0, got -1"),
+        ({"window_size": True}, "`window_size` must be an integer .*, got True"),
+        ({"strategy": "linear_decay", "min_interval": 0}, r"`min_interval` must be an integer in \[1, 25\], got 0"),
         (
             {"strategy": "linear_decay", "min_interval": 30},
-            r"`min_interval` must be an integer in \[1, 25\], but is 30",
+            r"`min_interval` must be an integer in \[1, 25\], got 30",
         ),
     ],
 )
@@ -196,5 +199,5 @@ def test_bad_input(arguments, message):
 
 
 def test_bad_iteration():
-    with pytest.raises(ValueError, match="`iteration` must be an integer >= 0, but is -1"):
+    with pytest.raises(ValueError, match="`iteration` must be an integer >= 0, got -1"):
         WindowSchedule().schedule(-1)

@@ -1,9 +1,8 @@
-"""The comparison of the methods: on two of them in small, with costs worked out by hand."""
+"""The comparison of the methods: a small run of two of them, with costs worked out by hand."""
 
 import importlib
 import json
 import statistics
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +15,10 @@ from transformers import TrainerControl
 from diffusers_mixgrpo import MixGRPOConfig, toy
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-# Six steps, one prompt, two images, two optimizer steps; what is the method's own, or the demo's, must be ignored.
+STUDIES = Path(__file__).parents[2] / "examples" / "studies"
+# Six steps, one prompt, two images, two optimizer steps. Settings of a method, or of the demo, must be ignored.
 SMALL = {
-    "reward_funcs": ["toy_reward", "wholly_right", "extra_objects"],
+    "reward_funcs": [f"diffusers_mixgrpo.toy:{name}" for name in ("toy_reward", "wholly_right", "extra_objects")],
     "reward_weights": [1.0, 0.0, 0.0],
     "num_eval_prompts": 50,
     "lora_rank": 2,
@@ -45,9 +44,9 @@ FLAGS += " --window_size 2 --tune_learning_rates 1e-3 4e-3 --tune_iterations 1 -
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module("compare_methods")
-    sys.path.remove(str(EXAMPLES))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(STUDIES))
+        yield importlib.import_module("compare_methods")
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def report(script):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Flags for a configuration file of our own."""
+    """Flags for a small configuration file."""
     file = tmp_path_factory.mktemp("config") / "small.yaml"
     file.write_text(yaml.safe_dump(SMALL))
     return ["--config", str(file)]
@@ -82,14 +81,14 @@ def rows(folder, column):
     return {row[0]: dict(zip(header, row, strict=True)) for row in body}
 
 
-def test_what_it_leaves(compared):
+def test_files_of_a_comparison(compared):
     files = {str(file.relative_to(compared)) for file in compared.rglob("*") if file.is_file()}
     names = ("dancegrpo", "mixgrpo-flash")
     tuning = {f"tuning/{name}_{rate}.json" for name in names for rate in ("0.001", "0.004")}
     results = {"results.md", "results.json", "results.png"}
     assert files == results | tuning | {f"runs/{name}_0.json" for name in names}  # and no checkpoints
     assert np.asarray(Image.open(compared / "results.png")).std() > 10
-    assert list(rows(compared, "NFE")) == list(names)
+    assert list(rows(compared, "NFE")) == ["DanceGRPO", "MixGRPO-Flash"]
 
 
 def test_costs_are_those_of_the_formulae(compared):
@@ -107,25 +106,25 @@ def test_costs_are_those_of_the_formulae(compared):
     assert dance["curve"]["passes"] == [[0, 2 * (6 + 6), 4 * (6 + 6)]]
     assert flash["curve"]["passes"] == [[0, 2 * (4 + 4), 2 * (4 + 4) + 2 * (4.5 + 4)]]
     shown = rows(compared, "NFE")
-    cells = [[shown[name][column] for column in ("NFE", "computed", "steps trained")] for name in shown]
-    assert cells == [["6", "6", "3"], ["4.5", "4.25", "2"]]
+    cells = [[shown[name][column] for column in ("NFE", "Forward passes computed", "Steps trained")] for name in shown]
+    assert cells == [["6", "6", "3"], ["**4.5**", "**4.25**", "**2**"]]
 
 
 def test_the_ratio_is_that_of_the_runs(compared):
     runs = {name: json.loads((compared / "runs" / f"{name}_0.json").read_text()) for name in summaries(compared)}
     median = {name: statistics.median(e["seconds"] for e in run["iterations"]) for name, run in runs.items()}
     ratio = median["mixgrpo-flash"] / median["dancegrpo"]
-    shown = {name: row["ratio to dancegrpo"] for name, row in rows(compared, "NFE").items()}
-    assert shown == {"dancegrpo": "1.00", "mixgrpo-flash": f"{ratio:.2f}"}
+    shown = {name: row["Time relative to DanceGRPO"].strip("*") for name, row in rows(compared, "NFE").items()}
+    assert shown == {"DanceGRPO": "1.00", "MixGRPO-Flash": f"{ratio:.2f}"}
     cpu = {name: statistics.median(e["cpu_seconds"] for e in run["iterations"]) for name, run in runs.items()}
-    shown = rows(compared, "sampling")["mixgrpo-flash"]["its ratio to dancegrpo"]
-    assert shown == f"{cpu['mixgrpo-flash'] / cpu['dancegrpo']:.2f}"
+    shown = rows(compared, "Sampling (s)")["MixGRPO-Flash"]["CPU time relative to DanceGRPO"]
+    assert shown.strip("*") == f"{cpu['mixgrpo-flash'] / cpu['dancegrpo']:.2f}"
     for run in runs.values():
         for entry in run["iterations"]:
             assert entry["seconds"] >= sum(value for name, value in entry.items() if name.startswith("time/")) > 0
 
 
-def test_all_begin_alike_and_gains_are_paired(compared):
+def test_all_start_alike_and_gains_are_paired(compared):
     dance, flash = (summaries(compared)[name] for name in ("dancegrpo", "mixgrpo-flash"))
     assert dance["reward_before"] == flash["reward_before"]
     for summary in (dance, flash):
@@ -133,13 +132,12 @@ def test_all_begin_alike_and_gains_are_paired(compared):
         assert summary["curve"]["iteration"] == [[0, 1, 2]] and len(curve) == 3
         assert summary["gain"] == [curve[2] - curve[0]]
         assert summary["difference"] == [summary["reward_after"][0] - dance["reward_after"][0]]
-    # When the quickest ends, it has its last reward
-    ends = {name: summary["curve"]["seconds"][0][-1] for name, summary in (("dance", dance), ("flash", flash))}
-    quickest = {"dance": dance, "flash": flash}[min(ends, key=ends.__getitem__)]
-    assert quickest["reward_same_time"] == quickest["reward_after"]
+    # The fastest method has its last reward when it finishes
+    fastest = min((dance, flash), key=lambda summary: summary["curve"]["seconds"][0][-1])
+    assert fastest["reward_same_time"] == fastest["reward_after"]
 
 
-def test_each_method_gets_its_best_learning_rate(compared):
+def test_each_method_gets_its_best_learning_rate(compared, report):
     for name in summaries(compared):
         scores = {}
         for file in (compared / "tuning").glob(f"{name}_*.json"):
@@ -148,11 +146,11 @@ def test_each_method_gets_its_best_learning_rate(compared):
             scores[record["settings"]["learning_rate"]] = record["evaluations"][-1]["reward"]
         chosen = json.loads((compared / "runs" / f"{name}_0.json").read_text())["settings"]["learning_rate"]
         assert len(scores) == 2 and scores[chosen] == max(scores.values())
-        shown = rows(compared, "0.004")[name]
+        shown = rows(compared, "0.004")[report.title(name)]
         assert shown[f"{chosen:g}"] == f"**{scores[chosen]:.3f}**"
 
 
-def test_a_rerun_trains_nothing_and_draws_anew(script, small, compared):
+def test_a_rerun_trains_nothing_and_writes_the_report_again(script, small, compared):
     before = {file: file.stat().st_mtime_ns for file in compared.rglob("*_*.json")}
     text = (compared / "results.md").read_text()
     (compared / "results.md").unlink()
@@ -164,7 +162,7 @@ def test_a_rerun_trains_nothing_and_draws_anew(script, small, compared):
 
 def test_runs_of_other_settings_are_not_mixed_in(script, small, compared):
     before = sorted(compared.rglob("*"))
-    with pytest.raises(ValueError, match="lora_alpha: 4, now 8.*output_dir"):
+    with pytest.raises(ValueError, match="must have the settings.*lora_alpha: 4, now 8.*output_dir"):
         file = Path(small[1]).with_name("other.yaml")
         file.write_text(yaml.safe_dump(SMALL | {"lora_alpha": 8}))
         script.main(["--config", str(file), *FLAGS.split(), "--output_dir", str(compared)])
@@ -181,7 +179,7 @@ def test_an_ablation(script, small, tmp_path):
     assert {name: s["curve"]["passes"][0][-1] for name, s in found.items()} == {"w = 1": 2 * 5, "w = 2": 2 * 7}
     # The published share of 3 steps is one step or less: that is the one to compare with
     assert found["w = 1"]["ratio"] == 1
-    assert "ratio to w = 1" in rows(tmp_path / "out", "NFE")["w = 2"]
+    assert "Time relative to w = 1" in rows(tmp_path / "out", "NFE")["w = 2"]
 
 
 # ---- Without training ----
@@ -234,10 +232,10 @@ def test_ablations_change_one_thing(script, report, axis, iterations, tmp_path):
         configuration(shared | changes, tmp_path)  # which checks them
         assert {k for k, v in changes.items() if base.get(k) != v} <= allowed
     assert len({json.dumps(changes, sort_keys=True) for changes in variants.values()}) == len(variants) > 1
-    assert len({script.as_file(name) for name in variants}) == len(variants) <= len(report.COLOURS)
+    assert len({script.as_file(name) for name in variants}) == len(variants) <= len(report.COLORS)
 
 
-def test_accelerations_of_ours_and_the_baselines_as_published(script, tmp_path):
+def test_only_windowed_methods_run_under_all_accelerations(script, tmp_path):
     args, shared = arguments(script, accelerations=["shared-prefix", "exact", "all"])
     variants = script.methods(args, shared)
     assert list(variants)[:5] == list(script.METHODS)
@@ -260,9 +258,10 @@ def test_prompts_have_nothing_in_common(script):
 
 
 def test_evaluations_are_not_timed(script):
-    """Two optimizer steps of 3 s, and 100 s after each for whatever comes between them."""
-    recorder, now = script.Recorder(eval_every=1, bar=SimpleNamespace(update=lambda: None)), [0.0]
-    recorder.clocks = (lambda: now[0], lambda: now[0])
+    """Two optimizer steps of 3 s, and 100 s after each of them that must not count."""
+    recorder = script.Recorder(eval_every=1, progress_bar=SimpleNamespace(update=lambda: None))
+    now = [0.0]
+    recorder.clocks = dict.fromkeys(recorder.clocks, lambda: now[0])
     args = SimpleNamespace(
         optimizer_steps_per_iteration=2,
         window_train_fraction=0.6,
@@ -302,7 +301,7 @@ def test_means_and_standard_errors(report):
     ("flags", "said"),
     [
         ("--presets mixgrpo ppo", "`presets` must be among .*got ppo"),
-        ("--seeds 0 1 --tune_seed 1", "`tune_seed`=1 is one of"),
+        ("--seeds 0 1 --tune_seed 1", r"`tune_seed` must not be in `seeds`=\[0, 1\], got 1"),
     ],
 )
 def test_mistakes_are_named(script, flags, said, tmp_path):

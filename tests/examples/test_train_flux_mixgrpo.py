@@ -1,7 +1,8 @@
-"""The main job as users run it: by its command line, in a process of its own."""
+"""The training script as users run it, by its command line, and its report."""
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,30 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import FluxPipeline
+from helpers import PROMPTS, make_trainer, redness
 from PIL import Image
 
-from diffusers_mixgrpo import RewardError, toy
+from diffusers_mixgrpo import MixGRPOTrainer, RewardError, toy
 
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_flux_mixgrpo.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_flux_mixgrpo.py"
 SMALL = "--height 32 --width 32 --num_inference_steps 4 --window_size 2 --max_sequence_length 12 --num_generations 4"
 SMALL += " --per_device_train_batch_size 4 --steps_per_generation 2 --max_steps 4 --logging_steps 1 --epsilon 1e-2"
 SMALL += " --save_strategy no --report_to none --use_cpu --learning_rate 1e-3 --lora_rank 4"
 
 
-def run(folder: Path, flags: str) -> str:
-    """The script in a process of its own; returns what it printed."""
-    command = [sys.executable, str(SCRIPT), *flags.split()]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout + result.stderr
-
-
 @pytest.fixture
 def main(monkeypatch):
-    """The script in this process, which is quicker: for its mistakes."""
+    """The script in this process, which is faster than in a process of its own."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     script = importlib.import_module(SCRIPT.stem)
 
@@ -45,8 +39,14 @@ def main(monkeypatch):
 
 
 @pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("report")
+
+
+@pytest.fixture
 def workplace(tmp_path):
-    """A folder with a reward of one's own and a file of prompts."""
+    """A folder with a module of rewards and a file of prompts."""
     (tmp_path / "my_rewards.py").write_text(
         "import numpy as np\n"
         "def redness(prompts, images, **columns):\n"
@@ -60,79 +60,179 @@ def workplace(tmp_path):
     return tmp_path
 
 
-def test_the_demo_in_small(tmp_path):
+def is_drawn(file: Path) -> bool:
+    return bool(np.asarray(Image.open(file)).std() > 10)
+
+
+def largest_difference(first: Image.Image, second: Image.Image) -> int:
+    """Of pixel values, of 255."""
+    return int(np.abs(np.asarray(first, dtype=int) - np.asarray(second, dtype=int)).max())
+
+
+# ---- The command line ----
+
+
+def test_the_demo_at_a_small_size(tmp_path):
+    """The one test in a process of its own."""
     output = tmp_path / "demo"
-    fewer = "--max_steps 8 --num_eval_prompts 16 --logging_images_steps 4 --per_device_train_batch_size 4"
-    said = run(tmp_path, f"{fewer} --output_dir {output}")
+    flags = "--max_steps 8 --num_eval_prompts 16 --logging_images_steps 4 --per_device_train_batch_size 4"
+    command = [sys.executable, str(SCRIPT), *flags.split(), "--output_dir", str(output)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     summary = json.loads((output / "summary.json").read_text())
     for key in ("reward_before", "reward_after", "reward_before_se", "strict_before", "strict_after", "seconds"):
         assert summary[key] >= 0, key
     assert summary["optimizer_steps"] == 8 and summary["iterations"] == 2 and summary["eval_prompts"] == 16
     assert 0 < summary["nfe_rollout_computed"] <= summary["nfe_rollout"] == 10
     assert summary["configuration"]["training"]["num_generations"] == 8
-    for name in ("reward_curve.png", "before_after.png"):
-        assert np.asarray(Image.open(output / name)).std() > 10, name
+    assert summary["reload_max_difference"] <= 8
+    assert is_drawn(output / "reward_curve.png") and is_drawn(output / "before_after.png")
     assert len(list((output / "images").glob("*.png"))) == 2
     assert "pytorch_lora_weights.safetensors" in os.listdir(output)
-    assert "Held-out reward" in said and "drew the same pictures" in said and "before_after.png" in said
+    for text in ("Held-out reward: ", "Images that match the prompt exactly: ", "Reload check: ", "before_after.png"):
+        assert text in result.stdout
 
 
-def test_ones_own_pipeline_reward_and_prompts(workplace, pipeline_folder):
+def test_a_lora_of_another_pipeline(main, workplace, pipeline_folder, capsys):
     flags = f"--pretrained_model_name_or_path {pipeline_folder} --reward_funcs my_rewards:redness"
-    run(workplace, f"{flags} --dataset_name prompts.txt --num_eval_prompts 1 --output_dir out {SMALL}")
+    main(workplace, f"{flags} --dataset_name prompts.txt --num_eval_prompts 1 --output_dir out {SMALL}")
     summary = json.loads((workplace / "out" / "summary.json").read_text())
     assert summary["optimizer_steps"] == 4 and summary["eval_prompts"] == 1
+    assert "reload_max_difference" not in summary and "strict_before" not in summary
+    assert "Held-out reward: " in capsys.readouterr().out
     pipe = FluxPipeline.from_pretrained(pipeline_folder)
     pipe.load_lora_weights(str(workplace / "out"))
     assert pipe.get_active_adapters()
     assert "load_lora_weights" in (workplace / "out" / "README.md").read_text()
 
 
-def test_all_weights_and_a_configuration_file(workplace, pipeline_folder):
+def test_all_weights_and_a_configuration_file(main, workplace, pipeline_folder):
+    """Without held-out prompts there is nothing to compare."""
     (workplace / "run.yaml").write_text(
         f"pretrained_model_name_or_path: {pipeline_folder}\nreward_funcs: [my_rewards:redness]\n"
         "dataset_name: prompts.txt\nnum_eval_prompts: 0\noutput_dir: out\n"
     )
-    run(workplace, f"--config run.yaml {SMALL.replace('--lora_rank 4', '--lora_rank 0')}")
+    main(workplace, f"--config run.yaml {SMALL.replace('--lora_rank 4', '--lora_rank 0')}")
     assert (workplace / "out" / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+    assert is_drawn(workplace / "out" / "reward_curve.png")
+    assert not (workplace / "out" / "before_after.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("--reward_funcs my_rewards:gone --dataset_name prompts.txt", "my_rewards:gone"),
         ("--reward_funcs my_rewards:raises --dataset_name prompts.txt --num_eval_prompts 0", "no such model"),
         ("--reward_funcs my_rewards:too_few --dataset_name prompts.txt --num_eval_prompts 0", "too_few"),
-        ("--reward_funcs my_rewards:redness --dataset_name gone.txt", "gone.txt"),
-        ("--reward_funcs my_rewards:redness --dataset_name prompts.txt --num_eval_prompts 4", "num_eval_prompts"),
+        ("--reward_funcs my_rewards:redness --dataset_name gone.txt", "`dataset_name` must be a file, got 'gone.txt'"),
+        ("--reward_funcs my_rewards:redness --dataset_name prompts.txt --num_eval_prompts 4", "`num_eval_prompts`"),
         ("--reward_funcs my_rewards:redness --dataset_name prompts.txt --num_generations 3", "num_generations"),
         ("--reward_funcs my_rewards:redness --dataset_name prompts.txt --height 34 --num_eval_prompts 0", "`height`"),
+        ("--reward_funcs my_rewards:redness --pretrained_model_name_or_path gone/at/all", "gone/at/all"),
     ],
 )
-def test_mistakes_are_named(main, workplace, pipeline_folder, flags, said):
-    with pytest.raises((ValueError, FileNotFoundError, RewardError), match=said):
+def test_mistakes_are_named(main, workplace, pipeline_folder, flags, message):
+    with pytest.raises((ValueError, FileNotFoundError, RewardError), match=message):
         main(workplace, f"--pretrained_model_name_or_path {pipeline_folder} --output_dir out {SMALL} {flags}")
     assert not (workplace / "out" / "summary.json").exists()
 
 
-def test_a_dry_run_tells_and_stops(main, workplace, pipeline_folder, capsys):
+def test_a_dry_run_reports_and_stops(main, workplace, pipeline_folder, capsys):
     flags = "--reward_funcs my_rewards:redness --dataset_name prompts.txt --num_eval_prompts 0 --dry_run"
     main(workplace, f"--pretrained_model_name_or_path {pipeline_folder} --output_dir out {SMALL} {flags}")
-    told = capsys.readouterr().out
-    assert "8 images of 2 prompts per device, 2 optimizer steps per iteration" in told
-    assert "ratio" in told and "Memory" in told
+    output = capsys.readouterr().out
+    assert "8 images of 2 prompts per device, 2 optimizer steps per iteration" in output
+    assert "ratio" in output and "Memory" in output
     assert not (workplace / "out" / "pytorch_lora_weights.safetensors").exists()
 
 
-def test_a_missing_pipeline_is_named(main, workplace):
-    flags = f"--reward_funcs my_rewards:redness --dataset_name prompts.txt --output_dir out {SMALL}"
-    with pytest.raises(FileNotFoundError, match="gone/at/all"):
-        main(workplace, f"--pretrained_model_name_or_path gone/at/all {flags}")
+@pytest.mark.parametrize("package", ["matplotlib", "yaml"])
+def test_a_missing_package_is_named_before_anything_runs(monkeypatch, package):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setitem(sys.modules, package, None)
+    for module in ("report", "train_flux_mixgrpo"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(ImportError, match=r'pip install "diffusers-mixgrpo\[demo\]"'):
+        importlib.import_module("train_flux_mixgrpo")
 
 
-def test_the_recipe_stays_a_recipe():
+def test_the_recipe_stays_short():
     assert len(SCRIPT.read_text().splitlines()) < 150
 
 
 def test_train_and_held_out_prompts_are_disjoint():
     assert not set(toy.prompts("train")) & set(toy.prompts("test"))
+
+
+# ---- The images from before and after training ----
+
+
+def test_chosen_prompts_follow_the_rule(report):
+    before = [0.5] * 12
+    after = [0.5, 0.9, 0.1, 0.6, 0.8, 0.3, math.nan, 0.4, 0.7, 0.5, 0.5, 0.5]
+    groups = report.choose_examples(before, after)
+    assert groups[report.MOST_GAINED] == [1, 4]
+    assert groups[report.MOST_LOST] == [2, 5]
+    assert len(groups[report.RANDOM]) == 4 and not set(groups[report.RANDOM]) & {1, 4, 2, 5}
+    assert report.choose_examples(before, after) == groups
+
+
+def test_only_a_gain_is_called_a_gain(report):
+    """With few prompts, or without a loss, groups are smaller; every prompt can be drawn."""
+    groups = report.choose_examples([0.1, 0.2, 0.3], [0.4, 0.2, math.nan])
+    assert groups[report.MOST_GAINED] == [0] and groups[report.MOST_LOST] == []
+    assert sorted(groups[report.RANDOM]) == [1, 2]
+    assert report.choose_examples([], []) == {report.MOST_GAINED: [], report.MOST_LOST: [], report.RANDOM: []}
+
+
+def train_visibly(trainer: MixGRPOTrainer) -> None:
+    """Stands in for training: a large random change of the trained weights."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainer.engine.trained_parameters:
+        parameter.data += torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_images_are_those_that_the_evaluation_scored(report, tmp_path, tiny_pipe, lora):
+    prompts = [{"prompt": f"{row['prompt']} {noun}"} for noun in ("cat", "sea") for row in PROMPTS]
+    trainer = make_trainer(tmp_path, pipe=tiny_pipe, lora=lora, eval_dataset=prompts, per_device_eval_batch_size=4)
+    before = report.evaluate(trainer)
+    images_before = trainer.sample_images([row["prompt"] for row in prompts])
+    train_visibly(trainer)
+    after = report.evaluate(trainer)
+    examples = report.sample_examples(trainer, before, after)
+
+    groups = report.choose_examples(before.scores, after.scores) if lora else {report.FIRST: list(range(8))}
+    chosen = [(group, index) for group, indices in groups.items() for index in indices]
+    assert [(example.group, example.index) for example in examples] == chosen and len(chosen) >= 6
+    assert np.mean(before.scores) == pytest.approx(before.metrics["eval_reward"])
+    changes = []
+    for example in examples:
+        assert example.prompt == prompts[example.index]["prompt"]
+        assert largest_difference(example.before, images_before[example.index]) <= 1
+        for image, score in ((example.before, example.score_before), (example.after, example.score_after)):
+            assert redness([example.prompt], [image]) == pytest.approx([score], abs=1 / 255)
+        changes.append(largest_difference(example.before, example.after))
+    assert max(changes) > 10  # or the images from before could be those from after
+    report.draw_before_after(examples, str(tmp_path))
+    assert is_drawn(tmp_path / "before_after.png")
+
+
+def test_another_lora_does_not_pass_the_reload_check(report, tmp_path):
+    """The LoRA file holds other weights than the policy."""
+    trainer = make_trainer(
+        tmp_path,
+        pipe=toy.load(),
+        eval_dataset=[{"prompt": text} for text in toy.prompts("test", 2)],
+        train_dataset=[{"prompt": text} for text in toy.prompts("train", 2)],
+        rewards=toy.toy_reward,
+        height=64,
+        width=64,
+    )
+    evaluation = report.evaluate(trainer)
+    trainer.save_model()
+    examples = report.sample_examples(trainer, evaluation, evaluation)
+    assert report.check_reload(trainer, toy.path(), examples) <= 8
+    train_visibly(trainer)
+    with pytest.raises(RuntimeError, match="must give the images of the trained policy"):
+        report.check_reload(trainer, toy.path(), report.sample_examples(trainer, evaluation, evaluation))

@@ -1,23 +1,22 @@
-"""Merged LoRAs and caches: the same passes or nearly so, and nothing left behind."""
+"""Merged LoRAs and caches: equal or nearly equal velocities, and a transformer that is as before afterwards."""
 
 import diffusers
 import pytest
 import torch
-from conftest import build_pipeline
 from peft import LoraConfig
 
-from diffusers_mixgrpo import FluxPolicy
-from diffusers_mixgrpo.accelerated_ode import accelerated_ode
-from diffusers_mixgrpo.policies import FLUX_LORA_TARGET_MODULES
+from diffusers_mixgrpo.policies.accelerations import accelerated_ode
+from diffusers_mixgrpo.policies.flux import FluxPolicy
 
 
 @pytest.fixture
-def policy():
-    pipe = build_pipeline()
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=FLUX_LORA_TARGET_MODULES, init_lora_weights=False)
-    pipe.transformer.requires_grad_(False)
-    pipe.transformer.add_adapter(config)
-    return FluxPolicy(pipe, height=32, width=32, num_inference_steps=4, max_sequence_length=12)
+def policy(tiny_pipe):
+    torch.manual_seed(0)  # of the LoRA's weights
+    targets = list(FluxPolicy.lora_target_modules)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    tiny_pipe.transformer.requires_grad_(False)
+    tiny_pipe.transformer.add_adapter(config)
+    return FluxPolicy(tiny_pipe, height=32, width=32, num_inference_steps=4, max_sequence_length=12)
 
 
 def velocity(policy):
@@ -26,7 +25,8 @@ def velocity(policy):
 
 
 def test_a_merged_lora_gives_the_same_velocities_without_being_computed(policy):
-    transformer, calls = policy.pipe.transformer, []
+    transformer = policy.pipe.transformer
+    calls = []
     loras = [module for name, module in transformer.named_modules() if name.endswith("lora_A.default")]
     for module in loras:
         module.register_forward_hook(lambda *_: calls.append(1))
@@ -36,18 +36,18 @@ def test_a_merged_lora_gives_the_same_velocities_without_being_computed(policy):
         assert len(calls) >= len(loras) > 0
         calls.clear()
         with accelerated_ode(transformer, merge_lora=True):
-            torch.testing.assert_close(velocity(policy), expected, rtol=1e-5, atol=1e-5)
+            assert (velocity(policy) - expected).abs().max() <= 1e-4 * expected.abs().max()
             assert not calls
             transformer.disable_adapters()
         without = velocity(policy)
         transformer.enable_adapters()
-        assert (without - expected).abs().max() > 1e-2  # the LoRA has an effect
+        assert (without - expected).abs().max() > 1e-2 * expected.abs().max()  # the LoRA has an effect
         assert torch.equal(velocity(policy), expected)
     assert {name: p.data_ptr() for name, p in transformer.named_parameters()} == {n: v[0] for n, v in before.items()}
     assert all(torch.equal(p, before[name][1]) for name, p in transformer.named_parameters())
 
 
-def test_a_graph_from_before_goes_on_through_the_weights_of_then(policy):
+def test_a_graph_from_before_uses_the_weights_of_that_time(policy):
     transformer = policy.pipe.transformer
     velocity(policy).square().mean().backward()
     trained = [p for p in transformer.parameters() if p.requires_grad]
@@ -60,7 +60,7 @@ def test_a_graph_from_before_goes_on_through_the_weights_of_then(policy):
     assert all(torch.equal(p.grad, gradient) for p, gradient in zip(trained, expected, strict=True))
 
 
-def test_an_error_inside_leaves_all_as_it_was(policy):
+def test_the_transformer_is_as_before_after_an_error(policy):
     transformer = policy.pipe.transformer
     cache = diffusers.FirstBlockCacheConfig(threshold=0.1)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_an_error_inside_leaves_all_as_it_was(policy):
         assert torch.equal(velocity(policy), expected)
 
 
-def test_in_bfloat16_the_weights_come_back_to_the_last_bit(policy):
+def test_weights_in_bfloat16_are_restored_to_the_last_bit(policy):
     transformer = policy.pipe.transformer.to(torch.bfloat16)
     before = [p.clone() for p in transformer.parameters()]
     for _ in range(3):

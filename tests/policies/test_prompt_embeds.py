@@ -1,4 +1,4 @@
-"""Prompts encoded once: the same bits as the text encoders', read from disk, and noticed when they are others."""
+"""Prompts that are encoded once: the text encoders' bits, from disk, and anew when the encoders have changed."""
 
 import copy
 import json
@@ -8,14 +8,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import build_pipeline, redness
 from diffusers import FluxPipeline
+from helpers import assert_same, make_trainer, trained
 from peft import LoraConfig
 from transformers import CLIPTokenizer, T5EncoderModel
 
-from diffusers_mixgrpo import FluxPolicy, MixGRPOConfig, MixGRPOTrainer
-from diffusers_mixgrpo.preflight import preflight
-from diffusers_mixgrpo.prompt_embeds import cache_folder, encode_prompts, prompts_of_run
+from diffusers_mixgrpo import MixGRPOTrainer
+from diffusers_mixgrpo.policies.flux import FluxPolicy
+from diffusers_mixgrpo.policies.prompt_embeds import CachedPrompts, cache_folder, cache_prompts
+from diffusers_mixgrpo.training.plan import prompts_of_run
 
 
 PROMPTS = ["a cat", "two dogs", "sea", "red", "blue tree"]
@@ -31,11 +32,10 @@ def make_policy(pipe, max_sequence_length=12) -> FluxPolicy:
     return FluxPolicy(pipe, height=32, width=32, num_inference_steps=4, max_sequence_length=max_sequence_length)
 
 
-def encoded(pipe, prompts=PROMPTS, **kwargs):
-    """A policy that has the prompts, and how often each of its encoders was called to get them."""
-    policy, calls = make_policy(pipe, **kwargs), count_calls(pipe)
-    policy.encoded = encode_prompts(policy, prompts, cache_folder(policy), CPU)
-    return policy, calls
+def cached(pipe, prompts=PROMPTS, **kwargs) -> tuple[CachedPrompts, dict[str, int]]:
+    """The cached prompts, and how often each text encoder was called to get them."""
+    calls = count_calls(pipe)
+    return cache_prompts(make_policy(pipe, **kwargs), prompts, CPU), calls
 
 
 def count_calls(pipe) -> dict[str, int]:
@@ -60,10 +60,10 @@ def both(count: int) -> dict[str, int]:
 def assert_the_pipelines(conditioning, pipe, prompts):
     for i, prompt in enumerate(prompts):
         embeds, pooled, ids = pipe.encode_prompt(prompt, None, max_sequence_length=12)
-        assert conditioning.prompt_embeds.dtype == embeds.dtype
-        assert torch.equal(conditioning.prompt_embeds[i], embeds[0])
-        assert torch.equal(conditioning.pooled_prompt_embeds[i], pooled[0])
-        assert torch.equal(conditioning.text_ids, ids)
+        assert conditioning.rows["prompt_embeds"].dtype == embeds.dtype
+        assert torch.equal(conditioning.rows["prompt_embeds"][i], embeds[0])
+        assert torch.equal(conditioning.rows["pooled_prompt_embeds"][i], pooled[0])
+        assert torch.equal(conditioning.shared["text_ids"], ids)
 
 
 # ---- Bits ----
@@ -71,33 +71,36 @@ def assert_the_pipelines(conditioning, pipe, prompts):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_they_are_the_encoders_bit_for_bit(tiny_pipe, dtype):
-    policy, calls = encoded(tiny_pipe.to(dtype))
+    prompts, calls = cached(tiny_pipe.to(dtype))
     assert calls == both(5)
     order = ["red", "a cat", "red"]
-    conditioning = policy.encode(order)
+    conditioning = prompts.encode(order)
     assert calls == both(5)  # from disk
+    assert len(conditioning) == 3
     assert_the_pipelines(conditioning, tiny_pipe, order)
-    assert not torch.equal(conditioning.prompt_embeds[0], conditioning.prompt_embeds[1])
+    embeds = conditioning.rows["prompt_embeds"]
+    assert not torch.equal(embeds[0], embeds[1])
 
 
 def test_a_second_run_reads_them(shared_pipe, pipeline_folder):
-    policy, _ = encoded(copy.deepcopy(shared_pipe))
-    expected = policy.encode(PROMPTS)
+    prompts, _ = cached(copy.deepcopy(shared_pipe))
+    expected = prompts.encode(PROMPTS)
     # Of the same content, but from another place, and with tokenizers that have not been called
     loaded = FluxPipeline.from_pretrained(pipeline_folder)
-    again, calls = encoded(loaded, PROMPTS[::-1])
+    again, calls = cached(loaded, PROMPTS[::-1])
     conditioning = again.encode(PROMPTS)
     assert calls == both(0)
-    for name, tensor in vars(expected).items():
-        assert torch.equal(getattr(conditioning, name), tensor)
+    for actual, stored in ((conditioning.rows, expected.rows), (conditioning.shared, expected.shared)):
+        assert actual.keys() == stored.keys()
+        assert all(torch.equal(actual[name], tensor) for name, tensor in stored.items())
 
 
 def test_only_new_prompts_are_encoded(tiny_pipe):
-    encoded(copy.deepcopy(tiny_pipe), ["a cat", "sea"])
-    policy, calls = encoded(tiny_pipe, [*PROMPTS, "sea", "red"])
+    cached(copy.deepcopy(tiny_pipe), ["a cat", "sea"])
+    prompts, calls = cached(tiny_pipe, [*PROMPTS, "sea", "red"])
     assert calls == both(3)
-    assert len(policy.encoded) == 5
-    assert_the_pipelines(policy.encode(PROMPTS), tiny_pipe, PROMPTS)
+    assert len(prompts) == 5 and "red" in prompts and "fog" not in prompts
+    assert_the_pipelines(prompts.encode(PROMPTS), tiny_pipe, PROMPTS)
 
 
 def change_weights(pipe):
@@ -133,11 +136,11 @@ def change_adapter(pipe):
     "change", [change_weights, change_configuration, change_tokenizer, change_precision, change_adapter]
 )
 def test_other_encoders_are_noticed(tiny_pipe, change):
-    encoded(copy.deepcopy(tiny_pipe))
+    cached(copy.deepcopy(tiny_pipe), PROMPTS[:2])
     change(tiny_pipe)
-    policy, calls = encoded(tiny_pipe)
-    assert calls == both(5)
-    assert_the_pipelines(policy.encode(PROMPTS), tiny_pipe, PROMPTS)
+    prompts, calls = cached(tiny_pipe, PROMPTS[:2])
+    assert calls == both(2)
+    assert_the_pipelines(prompts.encode(PROMPTS[:2]), tiny_pipe, PROMPTS[:2])
 
 
 def test_the_strength_of_an_adapter_is_noticed(tiny_pipe):
@@ -150,39 +153,47 @@ def test_the_strength_of_an_adapter_is_noticed(tiny_pipe):
 
 
 def test_another_length_is_noticed(tiny_pipe):
-    encoded(tiny_pipe, max_sequence_length=12)
-    policy, calls = encoded(tiny_pipe, max_sequence_length=8)
-    assert calls == both(5)
-    assert policy.encode(PROMPTS).prompt_embeds.shape[1] == 8
+    cached(tiny_pipe, PROMPTS[:2], max_sequence_length=12)
+    prompts, calls = cached(tiny_pipe, PROMPTS[:2], max_sequence_length=8)
+    assert calls == both(2)
+    assert prompts.encode(PROMPTS[:2]).rows["prompt_embeds"].shape[1] == 8
 
 
-def test_an_interrupted_run_leaves_nothing_wrong(tiny_pipe):
+def test_a_folder_of_the_callers_choice(tiny_pipe, tmp_path):
+    policy = make_policy(tiny_pipe)
+    cache_prompts(policy, ["sea"], CPU, folder=str(tmp_path / "mine"))
+    assert len(list((tmp_path / "mine").glob("*.arrow"))) == 1
+    assert not os.path.exists(cache_folder(policy))
+
+
+def test_an_interrupted_run_stores_nothing_wrong(tiny_pipe):
     def interrupt(*_):
         if calls["text_encoder"] == 3:
             raise KeyboardInterrupt
 
-    calls, policy = count_calls(tiny_pipe), make_policy(tiny_pipe)
+    calls = count_calls(tiny_pipe)
+    policy = make_policy(tiny_pipe)
     hook = tiny_pipe.text_encoder_2.register_forward_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        encode_prompts(policy, PROMPTS, cache_folder(policy), CPU)
+        cache_prompts(policy, PROMPTS, CPU)
     assert os.listdir(cache_folder(policy)) == []
     hook.remove()
-    policy, calls = encoded(tiny_pipe)
+    prompts, calls = cached(tiny_pipe)
     assert calls == both(5)
-    assert_the_pipelines(policy.encode(PROMPTS), tiny_pipe, PROMPTS)
+    assert_the_pipelines(prompts.encode(PROMPTS), tiny_pipe, PROMPTS)
 
 
-def test_weights_that_are_not_there(tiny_pipe):
+def test_weights_that_are_not_in_memory(tiny_pipe):
     tiny_pipe.text_encoder_2.to("meta")
-    with pytest.raises(ValueError, match="has to read the weights of `text_encoder_2`, which are offloaded"):
+    with pytest.raises(ValueError, match="`cache_prompt_embeds` must be False while the weights of `text_encoder_2`"):
         cache_folder(make_policy(tiny_pipe))
 
 
 # ---- Where the encoders are ----
 
 
-def record_places(pipe, events):
-    """Write into `events` where the encoders are sent, and when they are called."""
+def record_devices(pipe, events):
+    """Append to `events` the devices that the encoders are moved to, and their calls."""
     for name in ("text_encoder", "text_encoder_2"):
         encoder = getattr(pipe, name)
 
@@ -194,7 +205,7 @@ def record_places(pipe, events):
         encoder.register_forward_hook(lambda *_, name=name: events.append((name, "called")))
 
 
-# "cpu:0" is the CPU to torch, but not the same word: so both places can be told apart where there is no other device.
+# "cpu:0" is the CPU to torch, but not the same word: so both devices differ where there is no other.
 DEVICE = torch.device("cpu", 0)
 COME = [("text_encoder", "cpu:0"), ("text_encoder_2", "cpu:0")]
 GO = [("text_encoder", "cpu"), ("text_encoder_2", "cpu")]
@@ -203,102 +214,81 @@ CALLED = [("text_encoder", "called"), ("text_encoder_2", "called")]
 
 def test_encoders_come_to_the_device_and_leave_it(tiny_pipe, monkeypatch):
     monkeypatch.setattr(FluxPolicy, "device", DEVICE)
-    record_places(tiny_pipe, events := [])
+    record_devices(tiny_pipe, events := [])
     policy = make_policy(tiny_pipe)
     policy.encode(["a cat"])
     assert events == CALLED  # without a cache nothing moves
     events.clear()
-    policy.encoded = encode_prompts(policy, ["sea", "red"], cache_folder(policy), DEVICE)
+    prompts = cache_prompts(policy, ["sea", "red"], DEVICE)
     assert events == COME + CALLED * 2 + GO
     events.clear()
-    policy.encode(["red", "sea"])
+    prompts.encode(["red", "sea"])
     assert events == []
-    policy.encode(["red", "unknown"])
+    prompts.encode(["red", "unknown"])
     assert events == COME + CALLED + GO
     events.clear()
-    encode_prompts(policy, ["red"], cache_folder(policy), DEVICE)
-    assert events == GO  # all is on disk, so they never come
+    cache_prompts(policy, ["red"], DEVICE)
+    assert events == GO  # all prompts are on disk, so the encoders never come
 
 
 def test_they_leave_after_an_error_too(tiny_pipe):
-    record_places(tiny_pipe, events := [])
-    policy = make_policy(tiny_pipe)
+    record_devices(tiny_pipe, events := [])
     tiny_pipe.text_encoder_2.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        encode_prompts(policy, ["sea"], cache_folder(policy), DEVICE)
+        cache_prompts(make_policy(tiny_pipe), ["sea"], DEVICE)
     assert events[-2:] == GO
 
 
 def test_encoders_that_stay(tiny_pipe):
-    record_places(tiny_pipe, events := [])
+    record_devices(tiny_pipe, events := [])
     tiny_pipe.text_encoder._hf_hook = object()  # accelerate's, which moves it
 
     def refuse(device):
         raise ValueError("cannot be moved")
 
     tiny_pipe.text_encoder_2.to = refuse
-    policy, calls = encoded(tiny_pipe, ["sea"])
+    prompts, calls = cached(tiny_pipe, ["sea"])
     assert events == CALLED and calls == both(1)
-    assert "sea" in policy.encoded
+    assert "sea" in prompts
 
 
 # ---- Training ----
 
 
-def make_trainer(tmp_path, cached, pipe=None, evaluation=("fog", "a cat"), prompts=PROMPTS, **kwargs):
-    """One prompt of four images in an iteration."""
-    config = {
-        "output_dir": str(tmp_path / "output"),
-        "height": 32,
-        "width": 32,
-        "num_inference_steps": 4,
-        "max_sequence_length": 12,
-        "window_size": 2,
-        "window_interval": 1,
-        "num_generations": 4,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 1,
-        "steps_per_generation": 1,
-        "epsilon": 1e-2,
-        "learning_rate": 1e-2,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "cache_prompt_embeds": cached,
-    }
-    return MixGRPOTrainer(
-        build_pipeline() if pipe is None else pipe,
-        redness,
-        MixGRPOConfig(**(config | kwargs)),
+def make_run(
+    tmp_path, is_cached, evaluation=("fog", "a cat"), prompts=PROMPTS, pipe=None, **changes
+) -> MixGRPOTrainer:
+    """Three iterations with one prompt of four images each."""
+    changes = {"steps_per_generation": 1, "max_steps": 3, "per_device_eval_batch_size": 1} | changes
+    return make_trainer(
+        tmp_path / "output",
+        pipe=pipe,
         train_dataset=[{"prompt": prompt} for prompt in prompts],
         eval_dataset=evaluation and [{"prompt": prompt} for prompt in evaluation],
-        peft_config=LoraConfig(r=4, lora_alpha=8),
+        cache_prompt_embeds=is_cached,
+        **changes,
     )
 
 
 def test_a_run_is_bit_for_bit_the_same(tmp_path):
     found = []
-    for cached in (False, True):
-        trainer = make_trainer(tmp_path, cached)
+    for is_cached in (False, True):
+        trainer = make_run(tmp_path, is_cached)
         calls = count_calls(trainer.pipe)
         trainer.train()
         trainer.evaluate()
-        assert calls == both(0 if cached else 3 + 2)
-        weights = [p.detach() for p in trainer.pipe.transformer.parameters() if p.requires_grad]
+        assert calls == both(0 if is_cached else 3 + 2)
         times = ("time/", "runtime", "per_second", "flos")
         log = [{k: v for k, v in e.items() if not any(t in k for t in times)} for e in trainer.state.log_history]
         assert any("reward" in entry for entry in log) and any("eval_reward" in entry for entry in log)
-        found.append((weights, log))
-    (weights, log), (others, other_log) = found
-    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+        found.append((trained(trainer), log))
+    (weights, log), (other_weights, other_log) = found
+    assert_same(weights, other_weights)
     assert json.dumps(log) == json.dumps(other_log)
 
 
 @pytest.mark.parametrize(
-    "kwargs, count",
+    "changes, count",
     [
         ({"max_steps": 2}, 2),
         ({"max_steps": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_generations": 8}, 2),
@@ -310,48 +300,42 @@ def test_a_run_is_bit_for_bit_the_same(tmp_path):
         ({"max_steps": 6, "steps_per_generation": 2, "data_seed": 5}, 5),
     ],
 )
-def test_what_is_encoded_is_what_a_run_needs(tmp_path, kwargs, count):
-    trainer = make_trainer(tmp_path, True, **kwargs)
-    asked = []
-    trainer.policy.encode = lambda prompts, encode=trainer.policy.encode: asked.extend(prompts) or encode(prompts)
+def test_the_prompts_that_are_encoded_are_those_that_a_run_asks_for(tmp_path, changes, count):
+    trainer = make_run(tmp_path, True, num_inference_steps=3, window_size=1, **changes)
     calls = count_calls(trainer.pipe)
+    asked = set()
+    encode = trainer.engine.encode
+    trainer.engine.encode = lambda prompts: asked.update(prompts) or encode(prompts)
     trainer.train()
     assert calls == both(0)
-    assert set(prompts_of_run(trainer)) == set(asked) | {"fog", "a cat"}
-    assert len(set(asked)) == count
+    assert len(asked) == count
+    evaluations = [trainer.eval_dataset]
+    assert set(prompts_of_run(trainer.args, trainer.train_dataset, evaluations, 1)) == asked | {"fog", "a cat"}
 
 
-def test_all_ranks_prompts(tmp_path):
-    trainer = make_trainer(tmp_path, False, evaluation=None, max_steps=1, shuffle_dataset=False)
-    assert prompts_of_run(trainer) == ["a cat"]
-    trainer.accelerator = type("Accelerator", (), {"num_processes": 3})()
-    assert prompts_of_run(trainer) == ["a cat", "two dogs", "sea"]
-    trainer.eval_dataset = {"one": [{"prompt": "x"}], "two": [{"prompt": "y"}, {"prompt": "x"}]}
-    assert set(prompts_of_run(trainer)) == {"a cat", "two dogs", "sea", "x", "y"}
-
-
-def test_pictures_of_other_prompts(tmp_path):
-    pictures = []
-    for cached in (False, True):
-        trainer = make_trainer(tmp_path, cached)
+def test_images_of_other_prompts(tmp_path):
+    images = []
+    for is_cached in (False, True):
+        trainer = make_run(tmp_path, is_cached)
         calls = count_calls(trainer.pipe)
-        pictures.append(np.stack([np.asarray(image) for image in trainer.sample_images(["fog", "a ship"])]))
-        assert calls == both(1 if cached else 2)  # "fog" is in the evaluation
-    assert (pictures[0] == pictures[1]).all()
+        images.append(np.stack([np.asarray(image) for image in trainer.sample_images(["fog", "a ship"])]))
+        assert calls == both(1 if is_cached else 2)  # "fog" is in the evaluation
+    assert (images[0] == images[1]).all()
 
 
-def test_the_trainer_keeps_the_encoders_off_the_device(tmp_path):
-    record_places(pipe := build_pipeline(), events := [])
-    make_trainer(tmp_path, True, pipe, evaluation=None)
+def test_the_trainer_keeps_the_encoders_off_the_device(tmp_path, tiny_pipe):
+    second_pipe = copy.deepcopy(tiny_pipe)
+    record_devices(tiny_pipe, events := [])
+    make_run(tmp_path, True, evaluation=None, pipe=tiny_pipe)
     assert events.count(("text_encoder_2", "called")) == 3  # of the run's three iterations
     assert events[-2:] == GO
-    record_places(pipe := build_pipeline(), events := [])
-    make_trainer(tmp_path, True, pipe, evaluation=None)
+    record_devices(second_pipe, events := [])
+    make_run(tmp_path, True, evaluation=None, pipe=second_pipe)
     assert events == GO
 
 
 def test_a_preflight_does_not_call_them(tmp_path):
-    trainer = make_trainer(tmp_path, True)
+    trainer = make_run(tmp_path, True)
     calls = count_calls(trainer.pipe)
-    preflight(trainer)
+    trainer.preflight()
     assert calls == both(0)

@@ -1,36 +1,27 @@
-"""
-The search for the number of transitions that fit, against passes that really run out of memory.
-
-Run as a script, this file is what each of two processes does.
-"""
+"""The search for the number of transitions that fit, against passes that run out of memory, and measured memory."""
 
 import gc
-import json
-import os
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import build_pipeline
-from peft import LoraConfig
+from helpers import PROMPTS, assert_same, make_trainer, trained
 from torch import nn
-from transformers import TrainerCallback
 
-from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer
-from diffusers_mixgrpo import replay_batch_size as module
-from diffusers_mixgrpo.preflight import preflight
-from diffusers_mixgrpo.replay_batch_size import find_replay_batch_size, has_to_search, optimizer_memory
+from diffusers_mixgrpo import Engine, MixGRPOConfig
+from diffusers_mixgrpo.training import memory, preflight
+from diffusers_mixgrpo.training.memory import (
+    PeakMemory,
+    find_pass_size,
+    find_replay_batch_size,
+    has_to_search,
+    optimizer_memory,
+    tensor_bytes,
+)
 
 
-PROMPTS = [{"prompt": text} for text in ("a cat", "two dogs", "sea")]
-
-
-def redness(prompts, images):
-    return [float(np.asarray(image, dtype=float)[..., 0].mean()) for image in images]
+# 8 images at two window steps each in one training batch: 16 transitions, one optimizer step per iteration
+WHOLE = {"num_inference_steps": 4, "per_device_train_batch_size": 8, "steps_per_generation": 1, "max_steps": 1}
 
 
 def out_of_memory():
@@ -41,7 +32,9 @@ class Limit:
     """A device that holds the activations of `most` images: more, with a graph, and the pass runs out of memory."""
 
     def __init__(self, transformer: nn.Module, most: int, at_block: bool = False):
-        self.most, self.sizes, self.graphs = most, [], []
+        self.most = most
+        self.sizes = []
+        self.graphs = []
         transformer.register_forward_pre_hook(self.note, with_kwargs=True)
         where = transformer.single_transformer_blocks[-1] if at_block else transformer
         where.register_forward_pre_hook(self.check, with_kwargs=True)
@@ -61,60 +54,29 @@ class Limit:
 
 @pytest.fixture
 def make(tmp_path):
-    """A trainer of 8 images, at two window steps each: one optimizer step per iteration."""
-
-    def make(lora=True, **kwargs):
-        config = {
-            "output_dir": str(tmp_path / "output"),
-            "height": 32,
-            "width": 32,
-            "num_inference_steps": 4,
-            "max_sequence_length": 12,
-            "window_size": 2,
-            "num_generations": 4,
-            "per_device_train_batch_size": 8,
-            "steps_per_generation": 1,
-            "epsilon": 1e-2,
-            "max_steps": 1,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-        }
-        args = MixGRPOConfig(**(config | kwargs))
-        peft_config = LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian") if lora else None
-        return MixGRPOTrainer(build_pipeline(), redness, args, PROMPTS, peft_config=peft_config)
-
-    return make
+    """A trainer of a new pipeline, with `WHOLE` and changes to it."""
+    return lambda **changes: make_trainer(tmp_path, **(WHOLE | changes))
 
 
 @pytest.fixture
 def search(monkeypatch):
     """Search on the CPU too, where passes of these tests raise what an accelerator would."""
 
-    def has_to_search(trainer):
-        return trainer.args.replay_batch_size is None and not trainer.args.reuse_rollout_graph
+    def has_to_search(engine):
+        return engine.settings.replay_batch_size is None and not engine.settings.reuse_rollout_graph
 
-    monkeypatch.setattr(module, "has_to_search", has_to_search)
-    monkeypatch.setattr("diffusers_mixgrpo.preflight.has_to_search", has_to_search)
-
-
-def trained(trainer):
-    return {n: p for n, p in trainer.pipe.transformer.named_parameters() if p.requires_grad}
+    monkeypatch.setattr(memory, "has_to_search", has_to_search)
+    monkeypatch.setattr(preflight, "has_to_search", has_to_search)
 
 
-def gradients(trainer):
-    """Those of the last optimizer step of a run."""
-    found = {}
+def roll_out(engine):
+    return engine.roll_out(engine.plan(0, PROMPTS[:2]))
 
-    class Note(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            found.update({name: p.grad.clone() for name, p in trained(trainer).items()})
 
-    trainer.add_callback(Note())
-    trainer.train()
-    return found
+def find(engine, rollout, optimizer=None):
+    """The size that is found for the first training batch."""
+    images = rollout.training_batches(engine.settings.per_device_train_batch_size)[0]
+    return find_pass_size(engine, rollout, images, optimizer)
 
 
 # ---- The search ----
@@ -133,7 +95,8 @@ def gradients(trainer):
     ],
 )
 def test_it_halves_until_a_pass_fits(transitions, most, tried):
-    weight, sizes = nn.Parameter(torch.ones(3)), []
+    weight = nn.Parameter(torch.ones(3))
+    sizes = []
 
     def run_pass(size):
         sizes.append(size)
@@ -146,9 +109,9 @@ def test_it_halves_until_a_pass_fits(transitions, most, tried):
     assert weight.grad is None
 
 
-def test_if_nothing_fits_it_says_what_to_do():
-    weight, before = nn.Parameter(torch.ones(3)), torch.ones(3)
-    weight.grad = before
+def test_if_nothing_fits_the_error_says_what_to_do():
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = before = torch.ones(3)
 
     def run_pass(size):
         raise out_of_memory()
@@ -160,7 +123,8 @@ def test_if_nothing_fits_it_says_what_to_do():
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory():
-    weight, sizes = nn.Parameter(torch.ones(3)), []
+    weight = nn.Parameter(torch.ones(3))
+    sizes = []
 
     def run_pass(size):
         sizes.append(size)
@@ -172,8 +136,9 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
 
 
 def test_gradients_and_random_states_are_left_alone():
-    weight, state = nn.Parameter(torch.ones(3)), torch.get_rng_state()
+    weight = nn.Parameter(torch.ones(3))
     weight.grad = before = torch.full((3,), 7.0)
+    state = torch.get_rng_state()
 
     def run_pass(size):
         (weight * torch.rand(3)).sum().backward()
@@ -187,7 +152,8 @@ def test_gradients_and_random_states_are_left_alone():
 
 @pytest.mark.parametrize("accumulates", [False, True])
 def test_a_pass_that_will_find_gradients_finds_them_in_the_search(accumulates):
-    weight, found = nn.Parameter(torch.ones(3)), {}
+    weight = nn.Parameter(torch.ones(3))
+    found = {}
 
     def run_pass(size):
         found[size] = weight.grad is not None
@@ -200,7 +166,8 @@ def test_a_pass_that_will_find_gradients_finds_them_in_the_search(accumulates):
 
 def test_memory_is_held_for_what_is_to_come():
     """Of a device of 100 bytes: with 60 reserved only passes of up to 40 fit, one byte a transition."""
-    weight, held = nn.Parameter(torch.ones(1)), []
+    weight = nn.Parameter(torch.ones(1))
+    held = []
     empty = torch.empty
 
     def run_pass(size):
@@ -226,28 +193,37 @@ def test_memory_is_held_for_what_is_to_come():
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_the_found_size_gives_the_gradient_of_all_at_once(make, search, lora):
-    expected = gradients(make(lora=lora, replay_batch_size=16, max_grad_norm=0.0))
-    trainer = make(lora=lora, max_grad_norm=0.0)
-    limit = Limit(trainer.pipe.transformer, most=5)
-    found = gradients(trainer)
-    assert trainer._replay_size == 4
+    engine = make(lora=lora).engine
+    rollout = roll_out(engine)
+
+    def gradient(pass_size):
+        engine.policy.transformer.zero_grad()
+        engine.backward(rollout, rollout.order, pass_size=pass_size)
+        return {name: p.grad for name, p in engine.policy.transformer.named_parameters() if p.grad is not None}
+
+    expected = gradient(16)
+    limit = Limit(engine.policy.transformer, most=5)
+    size = find(engine, rollout)
+    found = gradient(size)
+    assert size == 4
     assert limit.sizes == [16, 8, 4] + [4] * 4  # three to find it, then the batch of 16
-    scale = max(value.abs().max() for value in expected.values())
+    # The gradient of a weight sums over 16 transitions and 64 tokens in another order: float32's 6e-8 times the root
+    # of their number, through some layers, is a few millionths of the largest element.
+    scale = max(value.abs().max().item() for value in expected.values())
     assert scale > 1e-6
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6 * scale.item(), msg=name)
+    assert_same(found, expected, atol=1e-4 * scale)
 
 
 def test_the_search_leaves_no_trace(make, search):
     """Where all fits, a run with a search is bit for bit the one without."""
-    plain, searched = make(replay_batch_size=16, max_steps=2), make(max_steps=2)
+    plain = make(replay_batch_size=16, max_steps=2)
+    searched = make(max_steps=2)
     limit = Limit(searched.pipe.transformer, most=16)
     for trainer in (plain, searched):
         torch.manual_seed(3)
         trainer.train()
     assert limit.sizes == [16] * 3  # one to find it, one in each iteration
-    for first, second in zip(trained(plain).values(), trained(searched).values(), strict=True):
-        assert torch.equal(first, second)
+    assert_same(trained(plain), trained(searched))
     for first, second in zip(plain.state.log_history, searched.state.log_history, strict=True):
         for name in first:
             if not name.startswith(("time/", "train_")) or name == "train_loss":
@@ -255,166 +231,145 @@ def test_the_search_leaves_no_trace(make, search):
 
 
 def test_it_searches_once_a_run(make, search):
-    trainer = make(max_steps=3)
+    trainer = make(max_steps=2)
     limit = Limit(trainer.pipe.transformer, most=8)
     trainer.train()
-    assert limit.sizes == [16, 8] + [8, 8] * 3
+    assert limit.sizes == [16, 8] + [8, 8] * 2
     limit.sizes.clear()
     limit.most = 4  # something else has come to lie on the device
     trainer.train()
-    assert limit.sizes == [16, 8, 4] + [4] * 4 * 3
+    assert limit.sizes == [16, 8, 4] + [4] * 4 * 2
 
 
 def test_a_failed_pass_keeps_no_activations(make, search):
-    trainer = make()
-    limit = Limit(trainer.pipe.transformer, most=5, at_block=True)
+    engine = make().engine
+    rollout = roll_out(engine)
+    limit = Limit(engine.policy.transformer, most=5, at_block=True)
     alive = []
 
     def look(model, args, kwargs):
         if torch.is_grad_enabled():
             alive.append(sum(graph() is not None for graph in limit.graphs))
 
-    trainer.pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    engine.policy.transformer.register_forward_pre_hook(look, with_kwargs=True)
     gc.disable()  # references alone must free it
     try:
-        trainer.train()
+        engine.backward(rollout, rollout.order, pass_size=find(engine, rollout))
     finally:
         gc.enable()
     assert limit.sizes == [16, 8, 4] + [4] * 4
     assert len(limit.graphs) == 7 and alive[:4] == [0] * 4
 
 
-def test_images_without_an_advantage_count_in_the_search(make, search):
-    """As they may have one in the next iteration."""
-    trainer = make(replay_top_k=1)
-    limit = Limit(trainer.pipe.transformer, most=100)
-    trainer.train()
-    assert limit.sizes == [16, 8]  # of the groups of four, two each are replayed
-
-
 @pytest.mark.parametrize(
-    "kwargs, sizes",
+    "kwargs, size, tried",
     [
-        ({"replay_batch_size": 3}, [3] * 5 + [1]),
-        ({"reuse_rollout_graph": True}, [8] * 2),  # the rollout's own passes
-        ({"beta": 0.1}, [16, 16]),
-        ({"per_device_train_batch_size": 4, "steps_per_generation": 2, "gradient_accumulation_steps": 2}, [8, 8, 8]),
+        ({}, 16, [16]),
+        ({"replay_batch_size": 3}, 3, []),
+        ({"reuse_rollout_graph": True}, 16, []),  # the graph is that of the rollout
+        ({"per_device_train_batch_size": 4, "steps_per_generation": 2, "gradient_accumulation_steps": 2}, 8, [8]),
+        # Images without an advantage count too, as they may have one in the next iteration.
+        ({"replay_top_k": 1}, 16, [16]),
+        ({"beta": 0.1}, 16, [16]),
     ],
 )
-def test_when_it_searches(make, search, kwargs, sizes):
-    trainer = make(**kwargs)
-    limit = Limit(trainer.pipe.transformer, most=100)
-    trainer.train()
-    assert limit.sizes == sizes
+def test_when_it_searches(make, search, kwargs, size, tried):
+    engine = make(**kwargs).engine
+    rollout = roll_out(engine)
+    limit = Limit(engine.policy.transformer, most=100)
+    assert find(engine, rollout) == size
+    assert limit.sizes == tried
+    assert all(p.grad is None for p in engine.trained_parameters)
 
 
-def test_on_the_cpu_there_is_no_search(make):
-    trainer = make()
-    assert not has_to_search(trainer)
-    limit = Limit(trainer.pipe.transformer, most=16)
-    trainer.train()
-    assert limit.sizes == [16]
-    trainer = make()
-    trainer.args.__dict__["_setup_devices"] = torch.device("meta")  # what `args.device` gives: any accelerator
-    assert has_to_search(trainer)
-    trainer.is_fsdp_enabled = True
-    assert not has_to_search(trainer)
+def test_there_is_no_search_on_the_cpu_or_with_sharded_weights(make, monkeypatch):
+    engine = make().engine
+    assert not has_to_search(engine) and find(engine, roll_out(engine)) == 16
+    monkeypatch.setattr(MixGRPOConfig, "device", torch.device("meta"))  # any accelerator
+    assert has_to_search(engine)
+    monkeypatch.setattr(Engine, "is_sharded", True)
+    assert not has_to_search(engine)
 
 
-def test_the_reference_goes_in_batches_of_the_sampler(make):
-    trainer, sizes = make(beta=0.1, sample_batch_size=4), []
-
-    def note(model, args, kwargs):
-        if not torch.is_grad_enabled():
-            sizes.append(len(kwargs["hidden_states"]))
-
-    trainer.pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
-    trainer.train()
-    assert max(sizes) == 4 and sizes[-4:] == [4] * 4  # 16 transitions
-
-
-@pytest.mark.slow
-def test_two_processes_find_their_own_sizes(tmp_path):
-    """One holds all transitions of a batch at once, the other two of them, and they train one policy."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first["sizes"] == [8] * 5
-    assert second["sizes"] == [8, 4, 2] + [2] * 16
-    assert first["weights"] == second["weights"]
-
-
-def main(folder: Path) -> None:
-    rank = int(os.environ["RANK"])
-    module.has_to_search = lambda trainer: True  # as on an accelerator
-    args = MixGRPOConfig(
-        output_dir=str(folder / "output"),
-        height=32,
-        width=32,
-        num_inference_steps=4,
-        max_sequence_length=12,
-        window_size=2,
-        num_generations=4,
-        per_device_train_batch_size=4,
-        steps_per_generation=2,
-        learning_rate=1e-3,
-        max_steps=4,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
+def test_the_reference_uses_the_batches_of_sampling(make):
+    engine = make(beta=0.1, sample_batch_size=4).engine
+    sizes = []
+    engine.policy.transformer.register_forward_pre_hook(
+        lambda model, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
-    trainer = MixGRPOTrainer(build_pipeline(), redness, args, PROMPTS, peft_config=LoraConfig(r=4))
-    limit = Limit(trainer.pipe.transformer, most=8 if rank == 0 else 3)
-    trainer.train()
-    weights = [p.detach().double().abs().sum().item() for p in trained(trainer).values()]
-    (folder / f"{rank}.json").write_text(json.dumps({"sizes": limit.sizes, "weights": weights}))
+    roll_out(engine)
+    assert max(sizes) == 4 and sizes[-4:] == [4] * 4  # 16 transitions
 
 
 # ---- Memory of the optimizer ----
 
 
-def test_the_optimizers_memory_is_held_before_its_first_step(make, search, monkeypatch):
-    reserved, find = [], module.find_replay_batch_size
+def test_the_memory_of_the_optimizer_is_held_before_its_first_step(make, search, monkeypatch):
+    reserved = []
+    real = memory.find_replay_batch_size
 
     def noted(*args, reserve, **kwargs):
         reserved.append(reserve)
-        return find(*args, reserve=reserve, **kwargs)
+        return real(*args, reserve=reserve, **kwargs)
 
-    monkeypatch.setattr(module, "find_replay_batch_size", noted)
+    monkeypatch.setattr(memory, "find_replay_batch_size", noted)
     trainer = make(lora=False)
     trainer.train()
     state = trainer.optimizer.optimizer.state_dict()["state"].values()
     moments = sum(value.nbytes for entry in state for value in entry.values() if value.numel() > 1)
-    assert reserved == [moments] and moments == 2 * sum(p.nbytes for p in trained(trainer).values())
-    assert optimizer_memory(trainer, list(trained(trainer).values())) == moments
-    module.replay_batch_size(trainer, *(torch.arange(2) for _ in range(2)))
+    weights = trainer.engine.trained_parameters
+    assert reserved == [moments] and moments == 2 * tensor_bytes(weights)
+    assert optimizer_memory(trainer.args, trainer.optimizer, weights) == moments
+    find(trainer.engine, trainer.rollout, trainer.optimizer)
     assert reserved == [moments, 0]
 
 
-# ---- The self-check ----
+# ---- Preflight ----
 
 
-def test_the_preflight_finds_the_size_of_the_run(make, search):
+def test_preflight_finds_the_size_of_the_run(make, search):
     trainer = make()
     limit = Limit(trainer.pipe.transformer, most=5)
-    report = preflight(trainer)
+    report = trainer.preflight()
     assert report.replay_batch_size == 4
     assert "16 transitions per device, up to 4 in one pass, as memory allows" in str(report)
-    assert trainer._replay_size is None and all(p.grad is None for p in trained(trainer).values())
+    assert all(p.grad is None for p in trainer.engine.trained_parameters)
+    limit.sizes.clear()
     trainer.train()
-    assert trainer._replay_size == 4 and set(limit.sizes) == {16, 8, 4}
-    small = preflight(make(replay_batch_size=4))
+    assert limit.sizes == [16, 8, 4] + [4] * 4  # it searches for itself, and finds the same
+    small = make(replay_batch_size=4).preflight()
     assert report.memory["activations"] == pytest.approx(small.memory["activations"], rel=0.02)
 
 
-def test_on_the_cpu_the_preflight_promises_nothing(make):
-    report = preflight(make())
+def test_on_the_cpu_preflight_promises_nothing(make):
+    report = make().preflight()
     assert report.replay_batch_size is None
     assert "16 transitions per device, up to 16 in one pass\n" in str(report)
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+# ---- Measuring ----
+
+
+def test_peak_memory_counts_storages_while_they_live():
+    before = torch.ones(1000)
+    with PeakMemory(torch.device("cpu")) as peak:
+        first = torch.ones(100)
+        view = first.view(10, 10)[2:]  # no memory of its own
+        before.add_(1)
+        del first
+        second = torch.ones(50)
+        del view
+        third = torch.ones(120)
+        del second, third
+    assert peak.bytes == 4 * (50 + 120)
+
+
+def test_peak_memory_can_be_switched_off():
+    with PeakMemory(torch.device("cpu"), active=False) as peak:
+        torch.ones(100)
+    assert peak.bytes == 0
+
+
+def test_bytes_of_tensors():
+    assert tensor_bytes([torch.ones(10), torch.ones(3, dtype=torch.bfloat16)]) == 40 + 6
+    assert tensor_bytes([]) == 0

@@ -8,22 +8,22 @@ copies from the host that are not `non_blocking`, and the error check of `torch.
 """
 
 import traceback
-import warnings
 
 import pytest
 import torch
-from conftest import build_pipeline
-from peft import LoraConfig
+from helpers import PROMPTS, build_pipeline, make_trainer
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_mixgrpo import FluxPolicy, MixedODESDEScheduler, MixGRPOConfig, MixGRPOTrainer
-from diffusers_mixgrpo.mixgrpo_trainer import _Rollout
-from diffusers_mixgrpo.rollout import replay_log_probs, sample_trajectories
+from diffusers_mixgrpo import Conditioning, MixedODESDEScheduler, MixGRPOConfig, sample_trajectories
+from diffusers_mixgrpo.policies.flux import FluxPolicy
 
 
-STEPS, WINDOW, GROUP = 8, 3, 4
-PROMPTS = ["a cat", "two red dogs"]
+STEPS = 6
+WINDOW = 2
+GROUP = 4
+ROWS = PROMPTS[:2]
 
 
 # ---- What waits ----
@@ -170,126 +170,115 @@ def test_what_does_not_wait_is_not_found(work):
 
 
 @pytest.fixture(scope="module")
-def policy():
-    """A policy whose transformer is on the device, as it was after a first pass: positions are made only once."""
-    return on_device(FluxPolicy(build_pipeline(), height=32, width=32, num_inference_steps=STEPS))
+def policy() -> FluxPolicy:
+    return FluxPolicy(build_pipeline(), height=32, width=32, num_inference_steps=STEPS)
 
 
-def on_device(policy):
-    policy.host_conditioning = policy.encode(PROMPTS)
+@pytest.fixture(scope="module")
+def conditioning(policy) -> Conditioning:
+    """Two prompts on the device, to which the policy's transformer has moved."""
+    return move_to_device(policy)
+
+
+def move_to_device(policy) -> Conditioning:
+    """Move the transformer there, and run a first pass, which makes positions that later passes use again."""
+    conditioning = policy.encode([row["prompt"] for row in ROWS]).to("meta")
     policy.pipe.transformer.to("meta")
-    conditioning, latents = rollout_inputs(policy)
-    policy.velocity(latents[:1], torch.empty((), device="meta"), conditioning[:1])
-    return policy
+    policy.velocity(initial_latents(policy)[:1], torch.empty((), device="meta"), conditioning[:1])
+    return conditioning
 
 
-def rollout_inputs(policy):
-    return policy.host_conditioning.to("meta"), torch.empty(len(PROMPTS), *policy.latent_shape, device="meta")
+class Small(nn.Module):
+    """A transformer of one layer, for tests of the loops around it: each operation on the meta device takes long."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16, device="meta")
+
+    def forward(self, hidden_states, **kwargs):
+        return (self.layer(hidden_states),)
 
 
-def sample(policy, scheduler, **kwargs):
-    conditioning, latents = rollout_inputs(policy)
+def initial_latents(policy) -> torch.Tensor:
+    return torch.empty(len(ROWS), *policy.latent_shape, device="meta")
+
+
+def sample(policy, conditioning, scheduler, **kwargs):
+    """A trajectory, and what made the host wait for it."""
+    latents = initial_latents(policy)
     with HostWaits() as waits:
         trajectory = sample_trajectories(policy, scheduler, conditioning, latents, num_generations=GROUP, **kwargs)
     assert trajectory.latents.is_meta and trajectory.states.is_meta and trajectory.log_probs.is_meta
-    return conditioning, trajectory, waits.found
+    return trajectory, waits.found
 
 
-@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps", "dpm"])
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {},
+        {"sde_type": "flow"},
+        {"sde_type": "dance"},
+        {"sde_type": "cps"},
+        {"sde_type": "dpm"},
         {"ode_solver": "dpmsolver++"},
         {"ode_solver": "dpmsolver++", "solver_order": 3, "prefix_ratio": 0.6, "suffix_ratio": 0.6},
         {"ode_solver": "unipc", "solver_order": 1},
     ],
 )
-def test_sampling_never_waits(policy, sde_type, kwargs):
-    """Prefix, window and suffix, of two batches; the schedule is made on the host and brought over without waiting."""
-    scheduler = MixedODESDEScheduler(shift=3.0, sde_type=sde_type, window_start=2, window_size=WINDOW, **kwargs)
-    _, trajectory, waits = sample(policy, scheduler, batch_size=GROUP)
+def test_sampling_never_waits(policy, conditioning, kwargs):
+    """Prefix, window and suffix of two batches. The schedule is made on the host and copied without waiting."""
+    transformer = None if kwargs == {"sde_type": "flow"} else Small()
+    scheduler = MixedODESDEScheduler(shift=3.0, window_start=2, window_size=WINDOW, **kwargs)
+    trajectory, waits = sample(policy, conditioning, scheduler, batch_size=GROUP, transformer=transformer)
     assert trajectory.states.shape[1] == WINDOW + 1 and len(scheduler.timesteps) == trajectory.nfe
     assert waits == []
 
 
 @pytest.mark.parametrize("order", [2, 3])
-def test_unipc_waits_only_inside_diffusers(policy, order):
+def test_unipc_waits_only_inside_diffusers(policy, conditioning, order):
     """Its corrector solves a system of `order` equations on the device, and torch looks whether that went well."""
     scheduler = MixedODESDEScheduler(window_start=2, window_size=WINDOW, ode_solver="unipc", solver_order=order)
-    _, _, waits = sample(policy, scheduler)
+    _, waits = sample(policy, conditioning, scheduler, transformer=Small())
     assert waits and all("scheduling_unipc_multistep.py" in w and "linalg.solve" in w for w in waits), waits
 
 
 @pytest.mark.parametrize("sde_type", ["flow", "dance", "cps", "dpm"])
-def test_replay_never_waits(policy, sde_type):
+def test_replay_never_waits(policy, conditioning, sde_type):
     scheduler = MixedODESDEScheduler(sde_type=sde_type, window_start=2, window_size=WINDOW)
-    conditioning, trajectory, _ = sample(policy, scheduler)
+    transformer = Small()
+    trajectory, _ = sample(policy, conditioning, scheduler, transformer=transformer)
     with HostWaits() as waits:
-        replay_log_probs(policy, scheduler, trajectory, conditioning).log_probs.sum().backward()
+        trajectory.replay(policy, transformer=transformer).log_probs.sum().backward()
     assert waits.found == []
-    assert all(p.grad is not None and p.grad.is_meta for p in policy.pipe.transformer.parameters())
+    assert all(p.grad is not None and p.grad.is_meta for p in transformer.parameters())
 
 
 # ---- Training ----
 
 
-@pytest.fixture
-def trainer(tmp_path):
-    """Makes a trainer of which the transformer, a LoRA on it, and a rollout are on the device."""
-
-    def make(**kwargs):
-        args = MixGRPOConfig(
-            output_dir=str(tmp_path),
-            height=32,
-            width=32,
-            num_inference_steps=STEPS,
-            window_size=WINDOW,
-            num_generations=GROUP,
-            per_device_train_batch_size=GROUP,
-            steps_per_generation=2,
-            report_to="none",
-            use_cpu=True,
-            **kwargs,
-        )
-        trainer = MixGRPOTrainer(
-            build_pipeline(), lambda prompts, images: [0.0] * len(images), args, PROMPTS_ROWS, peft_config=LORA
-        )
-        on_device(trainer.policy)
-        args.__dict__["_setup_devices"] = torch.device("meta")  # what `args.device` gives
-        if args.gradient_checkpointing:
-            trainer.pipe.transformer.enable_gradient_checkpointing()
-        conditioning, latents = rollout_inputs(trainer.policy)
-        trajectory = sample_trajectories(trainer.policy, trainer.noise_scheduler, conditioning, latents, GROUP)
-        images, advantages = torch.randperm(len(trajectory)), torch.linspace(-1, 1, len(trajectory))
-        advantages[images[0]] = 0.0  # of which nothing is replayed, with beta=0
-        steps = torch.arange(WINDOW)
-        trainer._rollout = _Rollout(trajectory, conditioning, advantages, images, steps, None)
-        return trainer
-
-    return make
-
-
-PROMPTS_ROWS = [{"prompt": prompt} for prompt in PROMPTS]
-LORA = LoraConfig(r=2, lora_alpha=4)
-
-
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of autocast and checkpoints on the meta device
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"beta": 0.1}, {"gradient_checkpointing": True}, {"bf16": True}, {"epsilon_high": 1e-3}]
+    "kwargs", [{"epsilon_high": 1e-3}, {"beta": 0.1}, {"gradient_checkpointing": True}, {"bf16": True}]
 )
-def test_training_never_waits(trainer, kwargs):
-    """Several forward and backward passes of one training batch, with all that they record."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = trainer(replay_batch_size=5, **kwargs)
-    trainer.current_gradient_accumulation_steps = 1
-    rollout = trainer._rollout
+def test_training_never_waits(tmp_path, monkeypatch, kwargs):
+    """Several forward and backward passes of one training batch, with everything that they record."""
+    trainer = make_trainer(tmp_path, num_inference_steps=STEPS, window_size=WINDOW, **kwargs)
+    engine = trainer.engine
+    conditioning = move_to_device(engine.policy)
+    monkeypatch.setattr(MixGRPOConfig, "device", torch.device("meta"))
+    if trainer.args.gradient_checkpointing:
+        trainer.pipe.transformer.enable_gradient_checkpointing()
+    plan = engine.plan(0, ROWS)
+    trajectory, _ = sample(engine.policy, conditioning, engine.scheduler, transformer=Small())
+    advantages = torch.linspace(-1, 1, len(trajectory)).view(len(ROWS), GROUP)
     with HostWaits() as waits:
-        if trainer.args.beta > 0:
-            means = trainer._reference_means(rollout.trajectory, rollout.conditioning, rollout.steps)
-            rollout.reference_means = means
-        loss = trainer._forward_backward(trainer.model_wrapped, rollout.order[:GROUP], on_policy=True)
+        means = engine.reference_means(plan, trajectory)
+        rollout = engine.make_rollout(plan, trajectory, [], advantages.view(1, -1), advantages, means, statistics={})
+        images = rollout.order[:GROUP]
+        rollout.advantages[images[0]] = 0.0  # nothing of it is replayed, with beta=0
+        batch = engine.backward(rollout, images, trainer.model_wrapped, pass_size=4)
+        for training_pass in batch.passes:
+            trainer.metrics.add(training_pass.statistics)
     assert waits.found == []
-    passes = -(-GROUP * WINDOW // 5) if trainer.args.beta > 0 else -(-(GROUP - 1) * WINDOW // 5)
-    assert len(trainer._metrics["ratio/mean"]) == passes > 1
-    assert loss.is_meta and all(p.grad.is_meta for p in trainer.model.parameters() if p.requires_grad)
+    transitions = (GROUP if trainer.args.beta > 0 else GROUP - 1) * WINDOW
+    assert len(batch.passes) == -(-transitions // 4) > 1
+    assert batch.loss.is_meta and all(p.grad.is_meta for p in engine.trained_parameters)

@@ -15,6 +15,9 @@ from ..mixgrpo_config import MixGRPOConfig
 from . import policy_class
 
 
+# Arguments of `from_pretrained` that also say where the pipeline's configuration is
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
 NO_FULL_FINE_TUNING = (
     "quantized weights cannot be trained themselves, since they hold too few bits for a small step. Train a LoRA on "
     "them with `peft_config`, or load the transformer without quantization."
@@ -51,13 +54,14 @@ def load_pipeline(
 
 
 def _load(name: str, settings: MixGRPOConfig, with_lora: bool) -> DiffusionPipeline:
-    pipeline_class = policy_class(_pipeline_class_name(name)).pipeline_class
+    init_kwargs = settings.model_init_kwargs if isinstance(settings.model_init_kwargs, dict) else {}
+    hub_kwargs = {key: init_kwargs[key] for key in _HUB_ARGUMENTS if key in init_kwargs}
+    pipeline_class = policy_class(_pipeline_class_name(name, hub_kwargs)).pipeline_class
     half = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else torch.float32
     kwargs: dict[str, Any] = {"torch_dtype": half}
     if not with_lora:
         kwargs["torch_dtype"] = {"transformer": torch.float32, "default": half}
-    if isinstance(settings.model_init_kwargs, dict):  # the configuration has parsed JSON
-        kwargs |= settings.model_init_kwargs
+    kwargs |= init_kwargs
     if isinstance(kwargs["torch_dtype"], str):
         kwargs["torch_dtype"] = getattr(torch, kwargs["torch_dtype"])
     if isinstance(settings.quantization, dict):
@@ -70,7 +74,7 @@ def _load(name: str, settings: MixGRPOConfig, with_lora: bool) -> DiffusionPipel
         raise _not_loaded(name, error) from error
 
 
-def _pipeline_class_name(name: str) -> str:
+def _pipeline_class_name(name: str, hub_kwargs: dict[str, Any]) -> str:
     """The class that a pipeline's `model_index.json` names, without loading its models."""
     is_folder = os.path.isdir(name)
     if is_folder and not os.path.isfile(os.path.join(name, "model_index.json")):
@@ -84,7 +88,7 @@ def _pipeline_class_name(name: str) -> str:
             f"Check the path (the working directory is {os.getcwd()})."
         )
     try:
-        return DiffusionPipeline.load_config(name)["_class_name"]
+        return DiffusionPipeline.load_config(name, **hub_kwargs)["_class_name"]
     except OSError as error:
         raise _not_loaded(name, error) from error
 

@@ -1,0 +1,175 @@
+"""Loading a pipeline: missing paths, precision, and quantized weights under a LoRA."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from helpers import logged, small_config, trained
+from safetensors.torch import load_file
+
+from diffusers_mixgrpo.policies.loading import load_pipeline, make_quantization
+
+
+INT8 = {
+    "quant_backend": "torchao",
+    "quant_kwargs": {"quant_type": "Int8WeightOnlyConfig"},
+    "components_to_quantize": ["transformer", "text_encoder_2"],
+}
+NF4 = {
+    "quant_backend": "bitsandbytes_4bit",
+    "quant_kwargs": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"},
+    "components_to_quantize": "transformer",
+}
+
+
+def load(tmp_path, model, with_lora=True, **changes):
+    return load_pipeline(model, small_config(tmp_path, **changes), with_lora)
+
+
+# ---- Folders and repositories ----
+
+
+def test_the_weights_are_those_of_the_folder(tmp_path, pipeline_folder, shared_pipe):
+    pipe = load(tmp_path, pipeline_folder)
+    assert type(pipe) is FluxPipeline
+    for key, value in shared_pipe.transformer.state_dict().items():
+        assert torch.equal(pipe.transformer.state_dict()[key], value)
+
+
+def test_a_loaded_pipeline_is_used_as_it_is(tmp_path, shared_pipe):
+    assert load(tmp_path, shared_pipe) is shared_pipe
+
+
+@pytest.mark.parametrize(
+    "path, problem",
+    [
+        ("./no/such/folder", "`model` must be a folder or a Hub repository .* there is no such folder"),
+        ("nowhere", "`model` must be a folder or a Hub repository .* there is no such folder"),
+        ("someone/something-that-is-not-there", "`model`='someone/.*could not be loaded"),
+    ],
+)
+def test_a_missing_path(tmp_path, path, problem):
+    with pytest.raises(FileNotFoundError, match=problem) as caught:
+        load(tmp_path, path)
+    assert path in str(caught.value)
+
+
+def test_a_folder_without_a_pipeline(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`model` must be a pipeline's folder, got .* has no model_index.json"):
+        load(tmp_path, tmp_path)
+
+
+def test_a_pipeline_of_another_family(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
+    with pytest.raises(TypeError, match="`model` must be one of the supported diffusers pipelines .*got DiTPipeline"):
+        load(tmp_path, tmp_path)
+
+
+# ---- Precision ----
+
+
+@pytest.mark.parametrize("with_lora", [True, False])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_only_weights_to_train_are_in_float32(tmp_path, pipeline_folder, with_lora, bf16):
+    pipe = load(tmp_path, pipeline_folder, with_lora, bf16=bf16)
+    half = torch.bfloat16 if bf16 else torch.float32
+    assert pipe.transformer.dtype == (half if with_lora else torch.float32)
+    assert pipe.vae.dtype == pipe.text_encoder.dtype == pipe.text_encoder_2.dtype == half
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_arguments_of_from_pretrained(tmp_path, pipeline_folder, shared_pipe, dtype):
+    kwargs = {"torch_dtype": dtype, "text_encoder": shared_pipe.text_encoder}
+    pipe = load(tmp_path, pipeline_folder, model_init_kwargs=kwargs)
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert pipe.text_encoder is shared_pipe.text_encoder
+
+
+# ---- Quantized weights ----
+
+
+def test_lora_on_quantized_weights(make, pipeline_folder):
+    pytest.importorskip("torchao")
+    trainer = make(pipe=pipeline_folder, quantization=INT8, gradient_checkpointing=True, max_steps=2)
+    pipe = trainer.pipe
+    stock = FluxPipeline.from_pretrained(pipeline_folder)
+    weight = pipe.transformer.transformer_blocks[0].attn.to_q.base_layer.weight
+    assert type(weight.data).__name__ == "Int8Tensor" and weight.qdata.dtype == torch.int8
+    exact = stock.transformer.transformer_blocks[0].attn.to_q.weight
+    scale = exact.abs().amax(1, keepdim=True) / 127
+    assert ((weight.dequantize() - exact).abs() <= scale * 0.6).all()  # rounded to 8 bits, row by row
+    assert "Int8Tensor" in {type(p.data).__name__ for p in pipe.text_encoder_2.parameters()}
+    assert {type(p.data).__name__ for p in pipe.vae.parameters()} == {"Tensor"}
+    before = trained(trainer)
+    assert all("lora" in name and value.dtype == torch.float32 for name, value in before.items())
+    # 8 bits and a scale per row: between a quarter and a half of the float32 weights
+    frozen = trainer.preflight().memory["frozen weights"]
+    assert 0.25 < frozen / sum(p.nbytes for p in stock.transformer.parameters()) < 0.5
+
+    codes = weight.qdata.clone()
+    trainer.train()
+    assert max(logged(trainer, "ratio/on_policy_max_deviation")) <= 1e-5
+    assert torch.equal(weight.qdata, codes)
+    assert any(not torch.equal(value, before[name]) for name, value in trained(trainer).items())
+    trainer.save_model()
+    stock.load_lora_weights(trainer.args.output_dir)
+    saved = load_file(f"{trainer.args.output_dir}/pytorch_lora_weights.safetensors")
+    assert len(saved) == len(before) and all(value.dtype == torch.float32 for value in saved.values())
+    stock.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    image = stock("a cat", generator=generator, **trainer.engine.policy.call_arguments).images[0]
+    difference = np.asarray(image, dtype=int) - np.asarray(trainer.sample_images(["a cat"], [0])[0], dtype=int)
+    assert 0 < abs(difference).max() <= 8  # of 255: the rounding of the base alone
+
+
+def test_quantized_weights_are_not_trained_themselves(make, pipeline_folder, tiny_pipe):
+    with pytest.raises(ValueError, match="`quantization=.*cannot be trained themselves.*`peft_config`"):
+        make(pipe=pipeline_folder, lora=False, quantization=NF4)
+    with pytest.raises(
+        ValueError, match="`quantization` must be None for a pipeline that is loaded already, got {'qu"
+    ):
+        make(quantization=NF4)
+    tiny_pipe.transformer.is_quantized = True
+    with pytest.raises(ValueError, match="`model`: quantized weights cannot be trained themselves"):
+        make(lora=False)
+    with pytest.raises(ValueError, match="`merge_lora` must be False with quantized weights, got True"):
+        make(merge_lora=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"components_to_quantize": ["unet"]}, "must be among vae, text_encoder, .*transformer.* got unet"),
+        ({"components_to_quantize": ["transformer", "tokenizer"]}, "must be among .* got tokenizer"),
+        ({"quant_backend": "bnb"}, "'quant_backend' must be one of .*bitsandbytes_4bit.*torchao.*, got 'bnb'"),
+        ({"quant_kwargs": {"load_in_4bit": "yes"}}, "`quantization=.*load_in_4bit must be a boolean"),
+    ],
+)
+def test_quantization_that_is_not_possible(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_quantization(NF4 | changes, FluxPipeline)
+
+
+def test_a_backend_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(ImportError, match=r"`quantization` with 'torchao' needs a package .*\[quantization\]"):
+        make_quantization(INT8, FluxPipeline)
+
+
+def test_torchao_by_name_and_by_its_own_configuration():
+    quantization = pytest.importorskip("torchao.quantization")
+    from diffusers import TorchAoConfig
+    from torchao.core.config import config_to_dict
+    from transformers import TorchAoConfig as TransformersTorchAoConfig
+
+    expected = quantization.Int8WeightOnlyConfig()
+    for kind in ("Int8WeightOnlyConfig", config_to_dict(expected)):
+        mapping = make_quantization(INT8 | {"quant_kwargs": {"quant_type": kind}}, FluxPipeline).quant_mapping
+        assert type(mapping["transformer"]) is TorchAoConfig
+        assert type(mapping["text_encoder_2"]) is TransformersTorchAoConfig
+        assert mapping["transformer"].quant_type == mapping["text_encoder_2"].quant_type == expected
+    with pytest.raises(ValueError, match="`quantization=.*Int3"):
+        make_quantization(INT8 | {"quant_kwargs": {"quant_type": "Int3"}}, FluxPipeline)

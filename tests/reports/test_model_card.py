@@ -1,0 +1,112 @@
+"""Model cards: what they say, and the code in them, which is run."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import PROMPTS, build_pipeline, make_trainer, small_config
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+
+from diffusers_mixgrpo import policy_class
+from diffusers_mixgrpo.reports.model_card import mixgrpo_model_card
+
+
+HUB_MODEL = "black-forest-labs/FLUX.1-dev"
+
+
+def card(tmp_path, prompt="a cat", base_model=HUB_MODEL, is_lora=True, num_processes=1, metadata=None, **changes):
+    settings = small_config(tmp_path, **changes)
+    pipe = build_pipeline()
+    return mixgrpo_model_card(
+        policy_class(type(pipe).__name__)(pipe, height=32, width=32, num_inference_steps=5),
+        settings,
+        repo_id="someone/red",
+        base_model=base_model,
+        reward_names=["redness", "clipscore"],
+        is_lora=is_lora,
+        optimizer_steps=6,
+        num_processes=num_processes,
+        prompt=prompt,
+        metadata=metadata or {},
+    )
+
+
+def code_of(text: str) -> list[str]:
+    return [block.split("```")[0] for block in text.split("```python\n")[1:]]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_code_makes_the_images_of_the_trained_policy(tmp_path, pipeline_folder, lora):
+    """It is what a stranger will run. So run it, with the names of things that are here."""
+    lora_config = LoraConfig(r=4, lora_alpha=64, init_lora_weights=False)  # it changes images from the start
+    trainer = make_trainer(tmp_path / "output", lora=lora and lora_config, shift=3.0)
+    if not lora:
+        with torch.no_grad():
+            for parameter in trainer.pipe.transformer.parameters():
+                parameter *= 2
+    trainer.save_model()
+    trainer.create_model_card(model_name="red", tags="toy", finetuned_from=HUB_MODEL, dataset="someone/prompts")
+    card = ModelCard.load(tmp_path / "output" / "README.md")
+    assert card.data.base_model == HUB_MODEL and "toy" in card.data.tags and card.data.dataset == "someone/prompts"
+
+    code, shift = code_of(card.text)
+    code = code.replace(HUB_MODEL, pipeline_folder).replace('"red"', repr(str(tmp_path / "output")))
+    code = code.replace("bfloat16", "float32").replace("cuda", "cpu")
+    load, call = code.split("image = ")
+    names: dict = {}
+    exec(load + shift + "image = " + call, names)
+    (expected,) = trainer.sample_images([PROMPTS[0]["prompt"]], [0])
+    difference = np.asarray(names["image"], dtype=int) - np.asarray(expected, dtype=int)
+    # The trainer's VAE has another memory format, whose convolutions round otherwise: at most by a step of 255.
+    assert np.abs(difference).max() <= 1
+    plain = build_pipeline()(
+        PROMPTS[0]["prompt"],
+        **{"height": 32, "width": 32, "max_sequence_length": 12, "num_inference_steps": 5},
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
+    assert np.abs(np.asarray(plain, dtype=int) - np.asarray(expected, dtype=int)).max() > 20
+
+
+def test_what_a_card_says(tmp_path):
+    made = card(tmp_path, num_processes=2, metadata={"tags": ["toy"], "license": "mit"}, epsilon=0.0125)
+    assert made.data.library_name == "diffusers" and made.data.pipeline_tag == "text-to-image"
+    assert made.data.tags == ["toy"] and made.data.license == "mit"
+    assert card(tmp_path).data.tags == ["text-to-image", "flux", "mixgrpo", "grpo", "lora"]
+    assert "lora" not in card(tmp_path, is_lora=False).data.tags
+    assert made.text.startswith("# red\n") or "\n# red\n" in made.text
+    assert "A LoRA of [black-forest-labs/FLUX.1-dev](https://huggingface.co/black-forest-labs/FLUX.1-dev)" in made.text
+    assert "`redness` and `clipscore`" in made.text
+    assert "6 optimizer steps in 3 iterations of 16 images\n(4 per prompt), learning rate 0.001" in made.text
+    assert "| `epsilon` | 0.0125 |" in made.text and "| `window_size` | 2 |" in made.text
+    assert "A full fine-tuning of" in card(tmp_path, is_lora=False).text
+
+
+def test_the_scheduler_is_shown_where_it_was_changed(tmp_path):
+    assert len(code_of(card(tmp_path).text)) == 1
+    text = card(tmp_path, shift=2.5).text
+    assert len(code_of(text)) == 2 and "shift=2.5, use_dynamic_shifting=False" in text
+    assert "FlowMatchEulerDiscreteScheduler" in code_of(text)[0].splitlines()[1]
+
+
+def test_any_prompt_is_a_string_of_the_code(tmp_path):
+    prompt = 'a "sign"\\that says\nhello'
+    (code,) = code_of(card(tmp_path, prompt=prompt).text)
+    seen = []
+    call = code.split("image = ")[1].replace("pipe(", "note(")
+    exec(call, {"note": lambda prompt, **_: seen.append(prompt) or type("Out", (), {"images": [0]}), "torch": torch})
+    assert seen == [prompt.replace("\n", " ")]
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_pipeline_that_is_not_on_the_hub(tmp_path, pipeline_folder, is_local):
+    made = card(tmp_path, base_model=pipeline_folder if is_local else None)
+    assert pipeline_folder not in made.text and "path/to/the/base/pipeline" in made.text
+    assert "a local FluxPipeline" in made.text and made.data.base_model is None
+
+
+def test_a_trainer_knows_the_folder_that_it_was_given(tmp_path, pipeline_folder):
+    trainer = make_trainer(tmp_path / "output", pipe=pipeline_folder)
+    trainer.create_model_card()
+    text = (tmp_path / "output" / "README.md").read_text()
+    assert pipeline_folder not in text and "path/to/the/base/pipeline" in text
+    assert 'pipe.load_lora_weights("output"' in text
