@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from helpers import logged, small_config, trained
 from safetensors.torch import load_file
 
@@ -66,6 +66,20 @@ def test_a_pipeline_of_another_family(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
     with pytest.raises(TypeError, match="`model` must be one of the supported diffusers pipelines .*got DiTPipeline"):
         load(tmp_path, tmp_path)
+
+
+def test_the_revision_is_also_that_of_the_configuration(tmp_path, monkeypatch):
+    asked = {}
+
+    def load_config(name, **kwargs):
+        asked.update(kwargs, name=name)
+        raise OSError("offline")
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", load_config)
+    kwargs = {"revision": "refs/pr/1", "local_files_only": True, "torch_dtype": "bfloat16"}
+    with pytest.raises(FileNotFoundError, match="`model`='owner/name' could not be loaded: offline"):
+        load(tmp_path, "owner/name", model_init_kwargs=kwargs)
+    assert asked == {"name": "owner/name", "revision": "refs/pr/1", "local_files_only": True}
 
 
 # ---- Precision ----
