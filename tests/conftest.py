@@ -1,6 +1,7 @@
 """Fixtures that many tests share. The miniature pipeline and small trainers are in helpers.py."""
 
 import copy
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -9,12 +10,25 @@ import pytest
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores; must be set before torch starts
+# Before torch starts: test processes share the cores, and threads that wait must not take them from each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from diffusers import FluxPipeline  # noqa: E402
 from helpers import build_pipeline, make_trainer  # noqa: E402
 
 from diffusers_mixgrpo import MixGRPOTrainer  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collections():
+    """
+    Take the imported modules out of garbage collection.
+
+    They hold a million objects, and each run of a trainer and each search for a batch size collects garbage.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

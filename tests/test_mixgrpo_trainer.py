@@ -1,6 +1,5 @@
 """The trainer, end to end, on a miniature FLUX with random weights."""
 
-import gc
 import json
 import math
 import os
@@ -28,13 +27,6 @@ class Recorder:
     def __call__(self, prompts, images, **columns):
         self.calls.append((prompts, images, columns))
         return self.give(prompts, images, **columns)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Take imported modules out of garbage collection, which each run begins with: it would take as long as a run."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture

@@ -78,6 +78,13 @@ def test_statistics():
         assert value.shape == () and not value.requires_grad
 
 
+@pytest.mark.parametrize("ratios, deviation", [([0.25, 1.5, 1.0], 0.75), ([0.75, 1.5, 1.0], 0.5)])
+def test_the_largest_deviation_is_on_either_side(ratios, deviation):
+    new = torch.tensor(ratios, dtype=torch.float64).log()
+    objective = clipped_objective(new, torch.zeros(3, dtype=torch.float64), torch.ones(3), LOW)
+    assert objective.statistics["ratio/max_deviation"].item() == pytest.approx(deviation, rel=1e-12)
+
+
 def test_a_clipped_transition_is_one_without_gradient():
     new, old, advantages = grid()
     objective = clipped_objective(new, old, advantages, LOW, HIGH)
