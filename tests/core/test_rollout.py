@@ -115,9 +115,13 @@ def test_the_noise_is_the_generators():
     assert (first - other).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("solver", ["euler", "dpmsolver++", "unipc"])
-def test_the_shared_prefix_is_exact(solver):
-    policy, scheduler = make(dtype=torch.float64, ode_solver=solver)
+@pytest.mark.parametrize(
+    # At order 3, the first step after a window of one step still uses a prediction of the prefix.
+    "solver, order, size",
+    [("euler", 2, 3), ("dpmsolver++", 2, 3), ("unipc", 2, 3), ("dpmsolver++", 3, 1), ("unipc", 3, 1)],
+)
+def test_the_shared_prefix_is_exact(solver, order, size):
+    policy, scheduler = make(steps=8, size=size, dtype=torch.float64, ode_solver=solver, solver_order=order)
     shared = sample(policy, scheduler)
     separate = sample_trajectories(
         policy,
@@ -127,7 +131,7 @@ def test_the_shared_prefix_is_exact(solver):
         num_generations=4,
         generator=torch.Generator().manual_seed(0),
     )
-    assert shared.nfe_computed < separate.nfe_computed == 6
+    assert shared.nfe_computed < separate.nfe_computed == 8
     assert_same_images(shared, separate)
 
 
@@ -365,6 +369,22 @@ def test_the_graph_is_kept_for_the_steps_asked_for(autocast, batch_size):
         assert (gradient - other).abs().max() <= tolerance
     others = torch.autograd.grad(trajectory.log_probs[:, [0, 2]].sum(), weights, allow_unused=True)
     assert all(gradient is None or not gradient.any() for gradient in others)
+
+
+@pytest.mark.parametrize("kept", [(), (1,), (0, 2)])
+def test_other_steps_keep_no_activations(kept):
+    policy, scheduler = make()
+    has_graph = []
+    own = policy.velocity
+
+    def velocity(*args):
+        prediction = own(*args)
+        has_graph.append(prediction.requires_grad)
+        return prediction
+
+    policy.velocity = velocity
+    sample(policy, scheduler, keep_graph=kept)
+    assert has_graph == [index - 2 in kept for index in range(6)]
 
 
 def test_the_graph_of_all_steps():
