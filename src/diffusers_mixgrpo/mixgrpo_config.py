@@ -546,8 +546,8 @@ class MixGRPOConfig(TrainingArguments):
         if self.beta > 0 and (self.replay_top_k is not None or self.reuse_rollout_graph):
             name = "replay_top_k" if self.replay_top_k is not None else "reuse_rollout_graph"
             raise ValueError(
-                f"`{name}` leaves out forward passes that the KL term needs, got beta={self.beta}. Use beta=0, or "
-                f"leave `{name}` at its default."
+                f"`{name}` must be at its default with a KL term, since it leaves out forward passes that the KL term "
+                f"needs, got beta={self.beta}. Use beta=0, or leave out `{name}`."
             )
         if self.remove_unused_columns:
             raise ValueError(
@@ -611,16 +611,16 @@ class MixGRPOConfig(TrainingArguments):
             )
         if self.reuse_rollout_graph and self.batches_per_iteration > 1:
             raise ValueError(
-                "`reuse_rollout_graph=True` trains on the graph of the rollout, which holds for one update per "
-                f"iteration: got steps_per_generation={self.steps_per_generation} and num_iterations="
+                "`reuse_rollout_graph` must be False with several updates per iteration, since the rollout's graph "
+                f"holds for one, got steps_per_generation={self.steps_per_generation} and num_iterations="
                 f"{self.num_iterations}. Set both to 1, and per_device_train_batch_size={images} for as many images."
             )
         steps = self.optimizer_steps_per_iteration
         if self.max_steps > 0 and self.max_steps % steps:
             near = [count * steps for count in (self.max_steps // steps, self.max_steps // steps + 1) if count]
             raise ValueError(
-                f"`max_steps={self.max_steps}` ends inside an iteration, which has {steps} optimizer steps here. Use "
-                f"{' or '.join(map(str, near))}, or another multiple of {steps}."
+                f"`max_steps` must be a multiple of {steps}, the optimizer steps of an iteration, got "
+                f"{self.max_steps}. Use {' or '.join(map(str, near))}."
             )
 
 
