@@ -30,6 +30,7 @@ _COUNTS = (
     "steps_per_generation",
     "num_iterations",
     "num_logged_images",
+    "max_nonfinite_steps",
     "window_interval",
     "window_stride",
     "window_min_interval",
@@ -185,6 +186,9 @@ class MixGRPOConfig(TrainingArguments):
             depend on it, memory does. `None`: all of a training batch at once, and if these do not fit on the
             accelerator half of them, a quarter, ...: each device searches for itself before the first training batch
             of a run. There is no search with FSDP, with DeepSpeed or on a CPU: set it where memory is short.
+        max_nonfinite_steps (`int`, defaults to 10):
+            Stop after this many optimizer steps in a row whose gradient was infinite or NaN. Such a step is dropped:
+            the weights and the optimizer's state stay as they were.
 
         > Arguments of data, evaluation and logging
 
@@ -341,6 +345,9 @@ class MixGRPOConfig(TrainingArguments):
     )
     replay_batch_size: int | None = field(
         default=None, metadata={"help": "Transitions per forward pass in training. If not set, as many as fit."}
+    )
+    max_nonfinite_steps: int = field(
+        default=10, metadata={"help": "Stop after this many steps in a row whose gradient was infinite or NaN."}
     )
 
     # Data, evaluation and logging
