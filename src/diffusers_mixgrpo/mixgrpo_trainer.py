@@ -1,18 +1,22 @@
 """[`MixGRPOTrainer`]: online reinforcement learning of a flow-matching pipeline on a sliding window of steps."""
 
 import os
+import shutil
+import signal
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from .core.advantages import normalize_weights
@@ -27,10 +31,14 @@ from .reports.sample_grid import save_sample_grid
 from .rewards import load_reward
 from .rewards.runner import RewardError, RewardFunc, RewardRunner, reward_statistics
 from .training.callbacks import IterationCallback, RewardProgressCallback
-from .training.engine import Engine, Rollout, make_scheduler
+from .training.checkpoints import ROLLOUT_NAME, STATE_NAME, clean_up, find_checkpoint, publish, staging_folder
+from .training.engine import Engine, Rollout, TrainingBatch, make_scheduler
+from .training.faults import FaultBoard, RankError
+from .training.interruptions import Interruptions, StopOnAllRanks
 from .training.memory import find_pass_size
 from .training.metrics import MetricBuffer
-from .training.plan import PromptDataset, PromptSampler, Row, check_dataset, prompts_of_run
+from .training.nonfinite import NonFiniteError, NonFiniteSteps, finite_gradient, finite_weights
+from .training.plan import IterationPlan, PromptDataset, PromptSampler, Row, check_dataset, prompts_of_run
 from .training.preflight import preflight
 from .training.preflight_report import PreflightReport
 
@@ -156,7 +164,8 @@ class MixGRPOTrainer(Trainer):
         )
         self.engine = Engine(policy, scheduler, args, rewards, self.accelerator, self.weights)
         self.metrics = MetricBuffer(self.accelerator, args.device)
-        self._iteration_callback = IterationCallback()
+        self.interruptions = Interruptions()
+        self._iteration_callback = IterationCallback(self.interruptions)
         self.add_callback(self._iteration_callback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgressCallback)
@@ -170,6 +179,8 @@ class MixGRPOTrainer(Trainer):
         self.eval_rewards: torch.Tensor | None = None
         self._batches_done: int | None = None
         self._pass_size: int | None = None
+        self._nonfinite_steps = NonFiniteSteps(args.max_nonfinite_steps)
+        self._resumed_from: str | None = None
 
     # ---- Data ----
 
@@ -213,23 +224,48 @@ class MixGRPOTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        # Overridden to try the rewards first, and to lose nothing when training ends with an error.
-        if self.train_dataset is not None:
-            self.engine.try_rewards(self.train_dataset)
+        # Overridden to try the rewards first, to resume from whole checkpoints, and to lose nothing when training ends
+        # with an error or a signal.
         self._forget_iteration()
-        try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        except (Exception, KeyboardInterrupt) as error:
-            self._save_after(error)
-            raise
+        self._faults = FaultBoard()
+        with self.interruptions:
+            try:
+                if self.train_dataset is not None:
+                    self.engine.try_rewards(self.train_dataset)
+                self._resumed_from = self._find_checkpoint(resume_from_checkpoint)
+                return super().train(self._resumed_from, trial, ignore_keys_for_eval)
+            except BaseException as error:
+                with self.interruptions.dropped():
+                    others = None
+                    if not isinstance(error, _ON_ALL_RANKS):
+                        others = self._faults.report(error, f"after {self.state.global_step} optimizer steps")
+                    self._save_after(error)
+                if others is not None and isinstance(error, Exception):
+                    raise RankError(others) from error
+                raise
+
+    def _find_checkpoint(self, given: str | bool | None) -> str | None:
+        """The checkpoint to resume from, chosen by the first rank for all of them."""
+        if self.is_local_process_zero():
+            clean_up(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        found = [find_checkpoint(given, self.args.output_dir) if self.is_world_process_zero() else None]
+        return broadcast_object_list(found)[0]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Overridden since the Trainer takes a step before it looks whether the run is finished already.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _forget_iteration(self) -> None:
         """Drop everything of an earlier run, which may have been interrupted."""
         self.rollout = None
         self._batches_done = None
         self._pass_size = None
-        self._iteration_callback.first_step = self.state.global_step
-        self._iteration_callback.saved_step = None
+        self._nonfinite_steps = NonFiniteSteps(self.args.max_nonfinite_steps)
+        self._iteration_callback.reset()
         self.engine.rewards.clear()
         self.engine.timer.pop()
         self.metrics.clear()
@@ -240,17 +276,13 @@ class MixGRPOTrainer(Trainer):
         # Overridden since one call samples when an iteration begins, and may run several backward passes. The model's
         # train and eval modes are the same here: all dropout is off, or the ratio would not start at 1.
         args = self.args
+        self._stop_if_asked()
         if self._batches_done is None:
             self._batches_done = self.state.global_step * args.gradient_accumulation_steps
         iteration, batch = divmod(self._batches_done, args.batches_per_iteration)
         if self.rollout is None or batch == 0:
-            if batch != 0:
-                logger.warning("Resuming inside an iteration: its images are sampled again, with other weights.")
             self.rollout = None  # frees its memory before the next one needs it
-            plan = self.engine.plan(iteration, inputs)
-            self.rollout = self.engine.roll_out(plan, self._inference_model)
-            self.metrics.add(self.rollout.statistics)
-            self._save_images(self.rollout)
+            self.rollout = self._roll_out(self.engine.plan(iteration, inputs), is_resuming=batch != 0)
         if callable(switch_to_training := getattr(self.optimizer, "train", None)):
             switch_to_training()  # schedule-free optimizers have two modes
 
@@ -267,10 +299,66 @@ class MixGRPOTrainer(Trainer):
                 # Before the iteration's first update, so this is the effect of precision alone.
                 deviation = training_pass.statistics["ratio/max_deviation"]
                 self.metrics.add({"ratio/on_policy_max_deviation": deviation})
+        if self.accelerator.sync_gradients:
+            self._drop_nonfinite_step(self.rollout, trained)
         self._batches_done += 1
         if batch == args.batches_per_iteration - 1:
             self.metrics.add({f"time/{phase}": seconds for phase, seconds in self.engine.timer.pop().items()})
         return trained.loss
+
+    def _stop_if_asked(self) -> None:
+        """Raise the exception of a signal that came during the optimizer step, on all ranks of a sharded run."""
+        if not self.engine.is_sharded:
+            self.interruptions.release()
+            return
+        # Sharded weights can only be saved by all ranks together, so signals wait until all ranks know of them.
+        if bool(self.engine.gather(torch.tensor([self.interruptions.is_pending])).any()):
+            raise StopOnAllRanks(128 + signal.SIGTERM)
+        self.interruptions.hold()
+
+    def _roll_out(self, plan: IterationPlan, is_resuming: bool) -> Rollout:
+        """Sample and log the images of an iteration, or go on with those of an interrupted one."""
+        if is_resuming and (restored := self._restore_rollout(plan)) is not None:
+            return restored
+        rollout = self.engine.roll_out(plan, self._inference_model)
+        self.metrics.add(rollout.statistics)
+        if count := int(rollout.statistics["nonfinite/images"]):
+            logger.warning(
+                f"Step {self.state.global_step}: {count} images of iteration {plan.iteration} were infinite or NaN "
+                f"and are left out. Prompts on this process: {plan.prompts}."
+            )
+        self._save_images(rollout)
+        return rollout
+
+    def _restore_rollout(self, plan: IterationPlan) -> Rollout | None:
+        path = os.path.join(self._resumed_from or "", ROLLOUT_NAME.format(rank=self.args.process_index))
+        if self._resumed_from is not None and os.path.isfile(path):
+            restored = self.engine.restore(plan, torch.load(path, map_location="cpu", weights_only=True))
+            if restored is not None:
+                return restored
+        logger.warning(
+            f"Step {self.state.global_step}: resuming inside iteration {plan.iteration} without its images, which "
+            "are sampled again with other weights."
+        )
+        return None
+
+    def _drop_nonfinite_step(self, rollout: Rollout, trained: TrainingBatch) -> None:
+        """Leave the weights alone where the gradient is infinite or NaN. All ranks see the same gradient."""
+        finite = finite_gradient(self.engine.trained_parameters)
+        if not finite:
+            images = torch.cat([p.images[~p.losses.isfinite().cpu()] for p in trained.passes]).unique()
+            prompts = sorted({rollout.rows[i]["prompt"] for i in images.tolist()})
+            cause = f"losses of the prompts {prompts}" if prompts else "finite losses on this process"
+            logger.warning(
+                f"Step {self.state.global_step}: the gradient was infinite or NaN, from {cause}. The optimizer step "
+                "is dropped."
+            )
+            if self.accelerator.scaler is None:  # a scaler drops the step itself, and lowers its scale
+                for parameter in self.engine.trained_parameters:
+                    parameter.grad = None
+        self.metrics.add({"nonfinite/steps": float(not finite)})
+        has_images = rollout.statistics.get("nonfinite/images") != len(rollout.trajectory) * self.args.world_size
+        self._nonfinite_steps.count(finite and has_images, self.state.global_step)
 
     @property
     def _inference_model(self) -> nn.Module:
@@ -309,6 +397,7 @@ class MixGRPOTrainer(Trainer):
                 "`eval_dataset` must have rows with a 'prompt', got None. Pass it here or to the trainer."
             )
         check_dataset("eval_dataset", eval_dataset)
+        self.interruptions.release()
         start = time.perf_counter()
         self.eval_rewards = self.engine.evaluate(eval_dataset, self._inference_model)
         metrics = reward_statistics(self.eval_rewards, self.reward_names, self.engine.reward_weights)
@@ -380,21 +469,119 @@ class MixGRPOTrainer(Trainer):
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint, self.model_wrapped)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Overridden so that a checkpoint is whole or not there, and never holds weights that are not finite.
+        self.interruptions.release()
+        if not all(self.engine.gather(torch.tensor([finite_weights(self.engine.trained_parameters)]))):
+            raise NonFiniteError(
+                f"The weights are infinite or NaN after {self.state.global_step} optimizer steps, and are not saved. "
+                "Resume from the last checkpoint with a lower `learning_rate`."
+            )
+        self.store_flos()
+        final = self._checkpoint_folder(self.state.global_step)
+        self._write_checkpoint(final)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            publish(final)
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero() and os.path.isdir(staging_folder(final)):
+            publish(final)  # a machine whose disk the first process does not see
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _checkpoint_folder(self, step: int) -> str:
+        return os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+
+    def _write_checkpoint(self, final: str) -> None:
+        """Write this rank's files of a checkpoint into its staging folder. Those of sharded weights need all ranks."""
+        staged = staging_folder(final)
+        try:
+            self.save_model(staged, _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(staged)
+                self._save_scaler(staged)
+                self._write_own_state(staged)
+            best = self._checkpoint_folder(self.state.best_global_step or -1)
+            if best == final or os.path.isdir(best):
+                self.state.best_model_checkpoint = best
+            if self.args.should_save:
+                self._export_callbacks()
+                self.state.save_to_json(os.path.join(staged, STATE_NAME))
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)  # on a full disk, its space may be what is missing
+            raise
+
+    def _write_own_state(self, folder: str) -> None:
+        """Write what each rank has of its own: the state of its random numbers, and an iteration's images."""
+        self._save_rng_state(folder)
+        if self.state.global_step % self.args.optimizer_steps_per_iteration and self.rollout is not None:
+            path = os.path.join(folder, ROLLOUT_NAME.format(rank=self.args.process_index))
+            torch.save(self.rollout.state_dict(), path)
+
+    def _export_callbacks(self) -> None:
+        """Put the state of callbacks that have one into the trainer's, where `_load_callback_state` finds it."""
+        states: dict[str, list[dict[str, Any]]] = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        exported = {name: values[0] if len(values) == 1 else values for name, values in states.items()}
+        self.state.stateful_callbacks = exported  # type: ignore[assignment]  # its annotation is that of the argument
+
     def _save_after(self, error: BaseException) -> None:
         """Save a checkpoint to resume from after `error`, and say so in the error."""
         step = self.state.global_step
-        if step <= self._iteration_callback.first_step or self.optimizer is None:
+        callback = self._iteration_callback
+        if callback.first_step is None or step <= callback.first_step:
+            return  # nothing was trained that an older checkpoint does not have
+        folder = self._checkpoint_folder(step)
+        resume = f"Resume with trainer.train(resume_from_checkpoint={folder!r})."
+        if callback.saved_step == step:
+            error.add_note(f"The weights after {step} optimizer steps are saved in {folder}. {resume}")
             return
-        # After a RewardError all ranks are here; after another error maybe one, which must not wait for the others.
-        if self.accelerator.num_processes > 1 and not isinstance(error, RewardError):
+        if callback.is_updating:
+            error.add_note(f"Optimizer step {step + 1} was not finished, so its weights are not saved.")
             return
-        folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-        if self._iteration_callback.saved_step != step:
-            self._save_checkpoint(self.model_wrapped, trial=None)
-        error.add_note(
-            f"The weights after {step} optimizer steps are saved in {folder}. Resume with "
-            f"trainer.train(resume_from_checkpoint={folder!r})."
-        )
+        try:
+            is_saved = self._save_together(error) if self.engine.is_sharded else self._save_alone(folder)
+        except Exception as failure:
+            error.add_note(f"The weights after {step} optimizer steps could not be saved: {failure!r}.")
+            return
+        if is_saved:
+            error.add_note(f"The weights after {step} optimizer steps are saved in {folder}. {resume}")
+            logger.warning(f"Stopped by {error!r}. Saved {folder}.")
+        else:
+            error.add_note(f"The weights after {step} optimizer steps are not saved: they are spread over processes.")
+
+    def _save_together(self, error: BaseException) -> bool:
+        """Save sharded weights, if all ranks have come to this error."""
+        if not isinstance(error, _ON_ALL_RANKS):
+            return False
+        self._save_checkpoint(self.model_wrapped, trial=None)
+        return True
+
+    def _save_alone(self, folder: str) -> bool:
+        """Save without collectives, which ranks that have failed may not answer: each writes what it has."""
+        if not finite_weights(self.engine.trained_parameters):
+            raise NonFiniteError("they are infinite or NaN")
+        if not self.is_world_process_zero():
+            final = self._faults.wait_for("saving")
+            if final is not None:
+                self._write_own_state(staging_folder(final))
+            self._faults.announce(f"written by {self.args.process_index}")
+            return final is not None
+        self._faults.announce("saving", folder)
+        self._write_checkpoint(folder)
+        for rank in range(1, self.args.world_size):
+            self._faults.wait_for(f"written by {rank}")
+        publish(folder)
+        return True
 
     # ---- Hub ----
 
@@ -432,6 +619,8 @@ class MixGRPOTrainer(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
 
+# Errors that all ranks raise together
+_ON_ALL_RANKS = (RewardError, NonFiniteError, StopOnAllRanks)
 _MERGE_NEEDS_LORA = "`merge_lora` must be False without a LoRA, got True. Pass a `peft_config`, or leave it False."
 
 

@@ -123,6 +123,29 @@ class Trajectory:
         """The same trajectory with its prompts encoded in another way, for example in another precision."""
         return dataclasses.replace(self, conditioning=conditioning)
 
+    def without_nonfinite(self) -> tuple["Trajectory", Tensor]:
+        """
+        The trajectory with each image whose numbers are infinite or NaN replaced by one whose numbers are finite.
+
+        Returns:
+            `tuple[Trajectory, torch.BoolTensor]`: The trajectory, zeros where no image is finite, and which images
+            were finite, of shape `(B,)`. Nothing waits for the device.
+        """
+        finite = torch.ones(len(self), dtype=torch.bool, device=self.states.device)
+        for tensor in (self.states, self.log_probs, self.latents):
+            finite &= tensor.detach().isfinite().flatten(1).all(1)
+        own = torch.arange(len(self), device=finite.device)
+        source = torch.where(finite, own, finite.int().argmax())
+        with torch.set_grad_enabled(self.log_probs.requires_grad):
+            replaced = dataclasses.replace(
+                self,
+                states=self.states[source].nan_to_num(0.0, 0.0, 0.0),
+                log_probs=self.log_probs[source].nan_to_num(0.0, 0.0, 0.0),
+                prompt_indices=self.prompt_indices[source],
+                latents=self.latents[source].nan_to_num(0.0, 0.0, 0.0),
+            )
+        return replaced, finite
+
     @classmethod
     def concatenate(cls, parts: Sequence["Trajectory"]) -> "Trajectory":
         """The images of several batches of one rollout in one trajectory."""

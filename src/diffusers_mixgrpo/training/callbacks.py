@@ -3,9 +3,14 @@
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ..mixgrpo_config import MixGRPOConfig
+from .interruptions import Interruptions
 from .plan import PromptSampler
+
+
+logger = logging.get_logger(__name__)
 
 
 class IterationCallback(TrainerCallback):
@@ -15,16 +20,28 @@ class IterationCallback(TrainerCallback):
     One that is due inside an iteration waits for its end: a checkpoint then never has to hold half-used rollouts, and
     a resumed run repeats an uninterrupted one exactly.
 
+    An optimizer step is not interrupted: signals wait from its beginning until the step is counted and logged.
+
+    Args:
+        interruptions ([`Interruptions`]): The run's signals.
+
     Attributes:
         sampler ([`PromptSampler`], *optional*): The sampler of the training prompts; it is told the epoch.
-        first_step (`int`): Optimizer steps before this run.
+        first_step (`int`, *optional*): Optimizer steps before this run; `None` until training begins.
         saved_step (`int`, *optional*): The step of this run's last checkpoint.
+        is_updating (`bool`): Whether an optimizer step has begun and is not counted yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interruptions: Interruptions) -> None:
+        self.interruptions = interruptions
         self.sampler: PromptSampler | None = None
-        self.first_step = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget an earlier run."""
+        self.first_step: int | None = None
         self.saved_step: int | None = None
+        self.is_updating = False
         self._evaluation_is_due = False
         self._save_is_due = False
 
@@ -32,6 +49,17 @@ class IterationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.first_step = state.global_step
+        if state.global_step >= state.max_steps:
+            logger.warning(
+                f"The run is finished: {state.global_step} of {state.max_steps} optimizer steps are done. Raise "
+                "`max_steps` or `num_train_epochs` to train on."
+            )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.interruptions.hold()
+        self.is_updating = True
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -47,6 +75,7 @@ class IterationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         assert isinstance(args, MixGRPOConfig)
+        self.is_updating = False
         self._evaluation_is_due |= control.should_evaluate
         self._save_is_due |= control.should_save
         is_last = state.global_step >= state.max_steps

@@ -42,10 +42,19 @@ from .plan import IterationPlan, PromptDataset, Row, draw_order, plan_iteration
 
 @dataclass
 class SampledBatch:
-    """Some images of an iteration: the trajectory of `n` images, and the images."""
+    """
+    Some images of an iteration.
+
+    Args:
+        trajectory ([`Trajectory`] of `n` images): Their windows.
+        images (`list[PIL.Image.Image]` of length `n`): The images.
+        finite (`torch.BoolTensor` of shape `(n,)`): False where sampling gave infinite or NaN numbers, on the
+            latents' device. Such an image is a copy of another one here, and must not count.
+    """
 
     trajectory: Trajectory
     images: list[Image.Image]
+    finite: Tensor
 
 
 @dataclass
@@ -56,7 +65,7 @@ class Rollout:
     Args:
         plan ([`IterationPlan`]): The plan that they were sampled by.
         trajectory ([`Trajectory`] of `B` images): Their windows.
-        images (`list[PIL.Image.Image]` of length `B`): The images.
+        images (`list[PIL.Image.Image]` of length `B`): The images; none in a restored rollout.
         rewards (`torch.Tensor` of shape `(K, B)`): Their rewards, NaN where an image could not be scored.
         advantages (`torch.Tensor` of shape `(B,)`): On the CPU, so that choosing images waits for no device.
         order (`torch.LongTensor` of shape `(B,)`): The images in the order in which they are trained, on the CPU.
@@ -77,19 +86,39 @@ class Rollout:
     @property
     def rows(self) -> list[Row]:
         """The dataset row of each image."""
-        return image_rows(self.plan, len(self.images) // len(self.plan.rows))
+        return image_rows(self.plan, len(self.trajectory) // len(self.plan.rows))
 
     def training_batches(self, batch_size: int) -> list[Tensor]:
         """The images of each training batch, on the CPU."""
         return list(self.order.split(batch_size))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What [`Engine.restore`] needs beside the plan: tensors and numbers."""
+        trajectory = self.trajectory
+        return {
+            "iteration": self.plan.iteration,
+            "prompts": self.plan.prompts,
+            "latent_seeds": self.plan.latent_seeds,
+            "states": trajectory.states,
+            "log_probs": trajectory.log_probs.detach(),
+            "prompt_indices": trajectory.prompt_indices,
+            "latents": trajectory.latents,
+            "nfe": trajectory.nfe,
+            "nfe_computed": trajectory.nfe_computed,
+            "rewards": self.rewards,
+            "advantages": self.advantages,
+            "order": self.order,
+            "reference_means": self.reference_means,
+        }
+
 
 @dataclass
 class TrainingPass:
-    """One forward and backward pass: its `n` transitions, by image and window step, their ratios and statistics."""
+    """One forward and backward pass: its `n` transitions, by image and window step, with losses and ratios."""
 
     images: Tensor
     steps: Tensor
+    losses: Tensor
     ratio: Tensor
     statistics: dict[str, Tensor]
 
@@ -177,8 +206,7 @@ class Engine:
             [`SampledBatch`]: `sample_batch_size` images at a time, in the order of the plan's rows.
         """
         settings = self.settings
-        start, size = plan.window
-        self.scheduler = MixedODESDEScheduler.from_config(self.scheduler.config, window_start=start, window_size=size)
+        self._place_window(plan)
         with self.timer.phase("sampling"):
             conditioning = self.encode(plan.prompts)
             # States are kept in float32: rounding them would appear as noise in the ratio.
@@ -200,9 +228,14 @@ class Engine:
                 trajectory = next(batches, None)
             if trajectory is None:
                 return
+            trajectory, finite = trajectory.without_nonfinite()
             with self.timer.phase("decoding"):
                 images = self.decode(trajectory.latents, settings.decode_batch_size or settings.sample_batch_size)
-            yield SampledBatch(trajectory, images)
+            yield SampledBatch(trajectory, images, finite)
+
+    def _place_window(self, plan: IterationPlan) -> None:
+        start, size = plan.window
+        self.scheduler = MixedODESDEScheduler.from_config(self.scheduler.config, window_start=start, window_size=size)
 
     def decode(self, latents: Tensor, batch_size: int | None) -> list[Image.Image]:
         """Images from denoised latents, with the VAE on the device."""
@@ -259,15 +292,56 @@ class Engine:
         rows = image_rows(plan, self.settings.num_generations)
         images: list[Image.Image] = []
         trajectories: list[Trajectory] = []
+        finite: list[Tensor] = []
         for batch in self.sample(plan, transformer):
             self.rewards.start(rows[len(images) : len(images) + len(batch.images)], batch.images)
             images += batch.images
             trajectories.append(batch.trajectory)
+            finite.append(batch.finite.cpu())  # the images are on the host, so this does not wait
         trajectory = Trajectory.concatenate(trajectories)
         reference_means = self.reference_means(plan, trajectory, transformer)
         with self.timer.phase("reward"):
             rewards = self.rewards.finish()
-        return self.compare(plan, trajectory, images, rewards, reference_means)
+        return self.compare(plan, trajectory, images, rewards, reference_means, torch.cat(finite))
+
+    def restore(self, plan: IterationPlan, saved: dict[str, Any]) -> Rollout | None:
+        """
+        The rollout of [`Rollout.state_dict`], so that an iteration can go on where it was interrupted.
+
+        Args:
+            plan ([`IterationPlan`]): The plan of the same iteration.
+            saved (`dict`): The saved rollout.
+
+        Returns:
+            [`Rollout`] without its images, or `None` if it was saved by another plan.
+        """
+        own = (plan.iteration, plan.prompts, plan.latent_seeds)
+        if (saved["iteration"], saved["prompts"], saved["latent_seeds"]) != own:
+            return None
+        self._place_window(plan)
+        self.policy.prepare_scheduler(self.scheduler)
+        device = self.policy.device
+        reference_means = saved["reference_means"]
+        trajectory = Trajectory(
+            states=saved["states"].to(device),
+            log_probs=saved["log_probs"].to(device),
+            transitions=self.scheduler.transitions(),
+            conditioning=self.encode(plan.prompts),
+            prompt_indices=saved["prompt_indices"].to(device),
+            latents=saved["latents"].to(device),
+            nfe=saved["nfe"],
+            nfe_computed=saved["nfe_computed"],
+        )
+        return Rollout(
+            plan,
+            trajectory,
+            images=[],
+            rewards=saved["rewards"],
+            advantages=saved["advantages"],
+            order=saved["order"],
+            reference_means=None if reference_means is None else reference_means.to(device),
+            statistics={},
+        )
 
     def compare(
         self,
@@ -276,17 +350,27 @@ class Engine:
         images: list[Image.Image],
         rewards: Tensor,
         reference_means: Tensor | None = None,
+        finite: Tensor | None = None,
     ) -> Rollout:
         """
         Advantages and statistics of scored images: `rewards` of shape `(K, B)`, NaN where there is no score.
+
+        Where `finite`, of shape `(B,)`, is False, an image's rewards do not count.
 
         Raises:
             [`RewardError`]: If a reward failed on more than `max_reward_failure_rate` of all ranks' images.
         """
         settings = self.settings
         # Advantages only need their own group. Statistics, and rewards scaled by the batch, need all ranks.
+        finite = torch.ones(rewards.shape[1], dtype=torch.bool) if finite is None else finite
         groups = rewards.unflatten(1, (-1, settings.num_generations))
         everyone = self.gather(groups.movedim(1, 0)).movedim(0, 1)
+        counts = self.gather(finite.unflatten(0, (-1, settings.num_generations)))
+        errors = self.rewards.all_errors() if bool(everyone.isnan().any()) else {}
+        if counts.any():
+            limit = settings.max_reward_failure_rate
+            check_failures(everyone[:, counts], self.rewards.names, limit, errors, plan.iteration)
+        everyone = everyone.masked_fill(~counts, math.nan)
         advantages = compute_advantages(
             everyone,
             self.reward_weights,
@@ -294,10 +378,10 @@ class Engine:
             settings.scale_rewards,
             settings.advantage_clip,
         )
-        errors = self.rewards.all_errors() if bool(everyone.isnan().any()) else {}
-        check_failures(everyone, self.rewards.names, settings.max_reward_failure_rate, errors, plan.iteration)
         own = advantages.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
         statistics = self._statistics(plan, trajectory, everyone, advantages)
+        statistics["nonfinite/images"] = int((~counts).sum())
+        rewards = rewards.masked_fill(~finite, math.nan)
         return self.make_rollout(plan, trajectory, images, rewards, own, reference_means, statistics)
 
     def make_rollout(
@@ -381,7 +465,8 @@ class Engine:
                     loss = objective.losses.sum() / (count * accumulation_steps)
                     self._backward(loss)
                 total += loss.detach()
-                passes.append(TrainingPass(*chosen, objective.ratio, objective.statistics))
+                losses = objective.losses.detach()
+                passes.append(TrainingPass(*chosen, losses, objective.ratio, objective.statistics))
             if self.settings.reuse_rollout_graph:
                 self._average_gradients()
             return TrainingBatch(total, passes)
