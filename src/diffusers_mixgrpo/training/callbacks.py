@@ -3,9 +3,13 @@
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ..mixgrpo_config import MixGRPOConfig
 from .plan import PromptSampler
+
+
+logger = logging.get_logger(__name__)
 
 
 class IterationCallback(TrainerCallback):
@@ -27,11 +31,21 @@ class IterationCallback(TrainerCallback):
         self.saved_step: int | None = None
         self._evaluation_is_due = False
         self._save_is_due = False
+        self._steps_done = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.first_step = state.global_step
+        self._evaluation_is_due = False  # in an earlier run, which may have been interrupted
+        self._save_is_due = False
+        if self._steps_done > state.global_step:
+            logger.warning(
+                f"Training starts at step {state.global_step} with weights and an optimizer that this trainer has "
+                f"trained for {self._steps_done} steps already. To continue a run, pass `resume_from_checkpoint`; to "
+                "start over, make a new trainer with a new pipeline."
+            )
+        self._steps_done = state.global_step
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -47,6 +61,7 @@ class IterationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         assert isinstance(args, MixGRPOConfig)
+        self._steps_done = state.global_step
         self._evaluation_is_due |= control.should_evaluate
         self._save_is_due |= control.should_save
         is_last = state.global_step >= state.max_steps
