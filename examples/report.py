@@ -33,6 +33,7 @@ from PIL import Image  # noqa: E402
 
 from diffusers_mixgrpo import MixGRPOTrainer, hybrid_inference  # noqa: E402
 from diffusers_mixgrpo.core.advantages import combine_rewards  # noqa: E402
+from diffusers_mixgrpo.mixgrpo_config import without_secrets  # noqa: E402
 
 
 METHOD_NAMES = {
@@ -305,7 +306,7 @@ def write_summary(
         "nfe_rollout_computed": float(np.mean([entry["nfe_amortized"] for entry in rollouts])) if rollouts else None,
         "steps_trained": args.window_size,
         "eval_prompts": 0 if trainer.eval_dataset is None else len(trainer.eval_dataset),
-        "configuration": {"script": vars(script), "training": args.to_dict()},
+        "configuration": {"script": without_secrets(vars(script)), "training": args.to_dict()},
     }
     if reload_max_difference is not None:
         summary["reload_max_difference"] = reload_max_difference

@@ -41,6 +41,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger("serve_rewards")
 DEFAULT_KEY = "REWARDS_API_KEY"
+MAX_IMAGE_PIXELS = 2**24  # 4096x4096
+IMAGES_PER_REQUEST = 8  # of the maximum size: about 400 MB as RGB
 
 
 def main() -> None:
@@ -53,7 +55,7 @@ def main() -> None:
             "Set it, or omit `--api_key_env`."
         )
     rewards = load_rewards(args.reward_funcs, args.device)
-    server = RewardServer((args.host, args.port), rewards, api_key, args.max_request_mb * 2**20)
+    server = RewardServer((args.host, args.port), rewards, api_key, args.max_request_mb * 2**20, args.max_image_pixels)
     access = "API key required" if api_key else "no API key required"
     host, port = server.server_address[:2]
     logger.info("Serving %s at http://%s:%d, %s", ", ".join(rewards), host, port, access)
@@ -73,6 +75,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", help="Device of the rewards. Defaults to the GPU if there is one.")
     parser.add_argument("--api_key_env", default=DEFAULT_KEY, help="Environment variable with the API key.")
     parser.add_argument("--max_request_mb", type=int, default=256, help="Maximum size of a request, in MiB.")
+    parser.add_argument(
+        "--max_image_pixels",
+        type=int,
+        default=MAX_IMAGE_PIXELS,
+        help=f"Maximum number of pixels of an image; of a request, {IMAGES_PER_REQUEST} times as many.",
+    )
     return parser.parse_args()
 
 
@@ -114,18 +122,25 @@ class RewardServer(ThreadingHTTPServer):
         rewards (`dict[str, Callable]`): The rewards by name. One batch is scored at a time.
         api_key (`str`): The required API key; an empty string requires none.
         max_bytes (`int`): Maximum size of a request.
+        max_pixels (`int`): Maximum number of pixels of an image; of a request, `IMAGES_PER_REQUEST` times as many.
     """
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(
-        self, address: tuple[str, int], rewards: dict[str, Callable[..., Any]], api_key: str, max_bytes: int
+        self,
+        address: tuple[str, int],
+        rewards: dict[str, Callable[..., Any]],
+        api_key: str,
+        max_bytes: int,
+        max_pixels: int = MAX_IMAGE_PIXELS,
     ) -> None:
         super().__init__(address, RewardHandler)
         self.rewards = rewards
         self.api_key = api_key
         self.max_bytes = max_bytes
+        self.max_pixels = max_pixels
         self.lock = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -158,7 +173,7 @@ class RewardHandler(BaseHTTPRequestHandler):
             self.unread = self.content_length()
             self.check_key()
             reward = self.find_reward()
-            prompts, images, columns = read_batch(self.read_body())
+            prompts, images, columns = read_batch(self.read_body(), self.server.max_pixels)
             with self.server.lock:
                 scores = score(reward, prompts, images, columns)
             self.answer(HTTPStatus.OK, {"scores": scores})
@@ -230,7 +245,9 @@ class RewardHandler(BaseHTTPRequestHandler):
         logger.info("%s %r", self.address_string(), format % args)  # %r, because a path can contain any character
 
 
-def read_batch(content: bytes) -> tuple[list[str], list[Image.Image], dict[str, list[Any]]]:
+def read_batch(
+    content: bytes, max_pixels: int = MAX_IMAGE_PIXELS
+) -> tuple[list[str], list[Image.Image], dict[str, list[Any]]]:
     """Prompts, images and other columns of a request. A [`RequestError`] names the invalid field."""
 
     def invalid(message: str, field: str | None = None) -> RequestError:
@@ -257,19 +274,34 @@ def read_batch(content: bytes) -> tuple[list[str], list[Image.Image], dict[str, 
         if not isinstance(values, list) or len(values) != len(prompts):
             raise invalid(f"must be a list of {len(prompts)} values", f"columns.{name}")
     images = []
+    pixels_left = IMAGES_PER_REQUEST * max_pixels
     for i, text in enumerate(encoded):
         try:
-            images.append(read_image(text))
-        except (binascii.Error, TypeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            image = read_image(text, min(max_pixels, pixels_left))
+            pixels_left -= image.width * image.height
+            images.append(image)
+        except (TooManyPixels, Image.DecompressionBombError) as error:
+            limits = (
+                f"an image must have at most {max_pixels} pixels, and a request {IMAGES_PER_REQUEST} times as many"
+            )
+            message = f"images[{i}]: {limits} ({error}). Send smaller batches, or raise `--max_image_pixels`."
+            raise RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, f"images[{i}]") from None
+        except (binascii.Error, TypeError, ValueError, OSError, SyntaxError) as error:
             raise invalid(f"must be a PNG, JPEG or WebP image in base64 ({error})", f"images[{i}]") from None
     return prompts, images, columns
 
 
-def read_image(text: str) -> Image.Image:
-    """The RGB image in a base64 string."""
+class TooManyPixels(Exception):
+    """An image is larger than allowed."""
+
+
+def read_image(text: str, max_pixels: int) -> Image.Image:
+    """The RGB image in a base64 string. Its size is known from its header, before it is decoded."""
     if not isinstance(text, str):
         raise TypeError(f"it is a {type(text).__name__}")
     image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG", "JPEG", "WEBP"))
+    if image.width * image.height > max_pixels:
+        raise TooManyPixels(f"it has {image.width}x{image.height}")
     return image.convert("RGB")
 
 

@@ -325,7 +325,7 @@ def test_merge_lora_without_a_lora_is_refused_before_anything_is_loaded(tmp_path
     [
         ({}, {"train_dataset": []}, ValueError, "`train_dataset` must have at least one row"),
         ({}, {"train_dataset": [{"text": "a cat"}]}, ValueError, "`train_dataset` must have a column 'prompt'"),
-        ({}, {"eval_dataset": {"a": iter([])}}, TypeError, "`eval_dataset` must have a length"),
+        ({}, {"eval_dataset": {"a": iter([])}}, TypeError, r"`eval_dataset\['a'\]` must have a length"),
         ({"reward_weights": [1.0, 2.0]}, {}, ValueError, "`reward_weights` .* got 2 weights for 1 reward"),
         ({"reward_weights": [NAN]}, {}, ValueError, r"`reward_weights` must be finite and not all 0, got \[nan\]"),
         (

@@ -555,7 +555,7 @@ def test_errors_of_the_constructor(make):
         (
             {"eval_dataset": {"a": PROMPTS, "b": [{"text": "a"}]}},
             ValueError,
-            r"`eval_dataset` must have a column 'prompt' of strings, got the columns \['text'\]",
+            r"`eval_dataset\['b'\]` must have a column 'prompt' of strings, got the columns \['text'\]",
         ),
         ({"reward_weights": [1.0, 2.0]}, ValueError, "got 2 weights for 1 reward function"),
         ({"rewards": [3]}, TypeError, "`reward_funcs` must be"),

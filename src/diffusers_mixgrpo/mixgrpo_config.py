@@ -1,8 +1,10 @@
 """[`MixGRPOConfig`]: the arguments of [`MixGRPOTrainer`], with the paper's values as defaults."""
 
+import copy
 import math
 import numbers
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -48,6 +50,10 @@ _POSITIVE = ("epsilon", "eta")
 _OPTIONAL_POSITIVE = ("epsilon_high", "advantage_clip", "shift", "reward_timeout")
 # Arguments that must be numbers in (0, 1]
 _SHARES = ("prefix_ratio", "suffix_ratio", "window_train_fraction")
+# Ends of names whose values are secrets, as of `token` and `api_key`, or may hold some
+_SECRETS = re.compile(
+    r"(token|key|secret|password|credentials?|authorization|headers|cookies|proxies)$", re.IGNORECASE
+)
 _QUANTIZATION_KEYS = ("quant_backend", "quant_kwargs", "components_to_quantize")
 
 
@@ -505,6 +511,30 @@ class MixGRPOConfig(TrainingArguments):
                 f"`ode_cache` must hold arguments of {settings['name']}, got {settings}: {error}."
             ) from error
 
+    # ---- Secrets: pickles (`training_args.bin`), logs and reports are shared, so they hold none ----
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_secrets(self.__dict__)
+
+    def __copy__(self) -> "MixGRPOConfig":
+        return self._with_state(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MixGRPOConfig":
+        return self._with_state(copy.deepcopy(self.__dict__, memo))
+
+    def to_dict(self) -> dict[str, Any]:
+        return super(MixGRPOConfig, self._with_state(self.__getstate__())).to_dict()
+
+    def __str__(self) -> str:
+        return super(MixGRPOConfig, self._with_state(self.__getstate__())).__str__()
+
+    __repr__ = __str__
+
+    def _with_state(self, state: dict[str, Any]) -> "MixGRPOConfig":
+        other = object.__new__(type(self))
+        other.__dict__.update(state)
+        return other
+
     def _validate_ranges(self) -> None:
         _require_choice("multi_objective_aggregation", self.multi_objective_aggregation, AGGREGATIONS)
         _require_choice("scale_rewards", self.scale_rewards, SCALINGS)
@@ -629,6 +659,18 @@ class MixGRPOConfig(TrainingArguments):
                 f"`max_steps` must be a multiple of {steps}, the optimizer steps of an iteration, got "
                 f"{self.max_steps}. Use {' or '.join(map(str, near))}."
             )
+
+
+def without_secrets(value: Any, is_secret: bool = False) -> Any:
+    """
+    A copy of nested `dict`s, `list`s and `tuple`s in which strings are `None` where their names say that they are
+    secret, as `token`, `hub_token` and `api_key`. Without a token the login is used.
+    """
+    if isinstance(value, dict):
+        return {k: without_secrets(v, is_secret or bool(_SECRETS.search(str(k)))) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(without_secrets(item, is_secret) for item in value)
+    return None if is_secret and isinstance(value, str | bytes) else value
 
 
 def _require_choice(name: str, value: object, choices: Sequence[str]) -> None:

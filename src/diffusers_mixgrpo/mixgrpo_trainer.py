@@ -23,7 +23,7 @@ from .core.advantages import normalize_weights
 from .mixgrpo_config import MixGRPOConfig
 from .policies import policy_class
 from .policies.loading import load_pipeline
-from .policies.preparation import place_components, prepare_pipeline, rename_gradient_checkpointing
+from .policies.preparation import check_prepared, place_components, prepare_pipeline, rename_gradient_checkpointing
 from .policies.prompt_embeds import cache_prompts
 from .policies.trained_weights import load_trained_weights, save_trained_weights
 from .reports.model_card import mixgrpo_model_card
@@ -32,13 +32,14 @@ from .rewards import load_reward
 from .rewards.runner import RewardError, RewardFunc, RewardRunner, reward_statistics
 from .training.callbacks import IterationCallback, RewardProgressCallback
 from .training.checkpoints import ROLLOUT_NAME, STATE_NAME, clean_up, find_checkpoint, publish, staging_folder
+from .training.datasets import check_dataset, evaluations
 from .training.engine import Engine, Rollout, TrainingBatch, make_scheduler
 from .training.faults import FaultBoard, RankError
 from .training.interruptions import Interruptions, StopOnAllRanks
 from .training.memory import find_pass_size
 from .training.metrics import MetricBuffer
 from .training.nonfinite import NonFiniteError, NonFiniteSteps, finite_gradient, finite_weights
-from .training.plan import IterationPlan, PromptDataset, PromptSampler, Row, check_dataset, prompts_of_run
+from .training.plan import IterationPlan, PromptDataset, PromptSampler, Row, prompts_of_run
 from .training.preflight import preflight
 from .training.preflight_report import PreflightReport
 
@@ -127,8 +128,8 @@ class MixGRPOTrainer(Trainer):
         funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         _check_arguments(args, model, funcs, peft_config)
         check_dataset("train_dataset", train_dataset)
-        for part in _evaluations(eval_dataset):
-            check_dataset("eval_dataset", part)
+        for name, part in evaluations(eval_dataset).items():
+            check_dataset(name, part)
 
         # 2. The rewards
         kwargs = args.reward_init_kwargs if isinstance(args.reward_init_kwargs, dict) else {}
@@ -171,7 +172,8 @@ class MixGRPOTrainer(Trainer):
             self.add_callback(RewardProgressCallback)
         place_components(self.pipe, args, stay=policy.text_encoders if args.cache_prompt_embeds else ())
         if args.cache_prompt_embeds:
-            prompts = prompts_of_run(args, train_dataset, _evaluations(eval_dataset), self.accelerator.num_processes)
+            parts = evaluations(eval_dataset).values()
+            prompts = prompts_of_run(args, train_dataset, parts, self.accelerator.num_processes)
             # Of several processes on a machine the first one encodes, and the others read its files.
             with args.main_process_first(desc="encoding the prompts"):
                 self.engine.encode = cache_prompts(policy, prompts, args.device).encode
@@ -226,6 +228,7 @@ class MixGRPOTrainer(Trainer):
     ) -> TrainOutput:
         # Overridden to try the rewards first, to resume from whole checkpoints, and to lose nothing when training ends
         # with an error or a signal.
+        check_prepared(self.pipe.transformer, self.weights)
         self._forget_iteration()
         self._faults = FaultBoard()
         with self.interruptions:
@@ -446,7 +449,10 @@ class MixGRPOTrainer(Trainer):
                 captions = [f"{text} {name}={scores[i]:.3g}" for i, text in enumerate(captions)]
             columns = args.num_generations if args.num_generations <= 12 else 8
             path = os.path.join(args.output_dir, "images", f"step_{step:06d}.png")
-            save_sample_grid(rollout.images[:count], captions, path, columns)
+            try:
+                save_sample_grid(rollout.images[:count], captions, path, columns)
+            except OSError as error:  # such as a full disk: no reason to lose the run
+                logger.warning(f"The sample grid {path} could not be written: {error}")
 
     # ---- Saving and loading ----
 
@@ -645,10 +651,3 @@ def _check_arguments(
                 f"{', '.join(unknown)}."
             )
     normalize_weights(args.reward_weights, len(reward_funcs))  # checks their number
-
-
-def _evaluations(eval_dataset: PromptDataset | dict[str, PromptDataset] | None) -> list[PromptDataset]:
-    """The datasets of an evaluation."""
-    if eval_dataset is None:
-        return []
-    return list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]

@@ -52,8 +52,8 @@ def texts(prompts, images):
 def start():
     servers = []
 
-    def start(rewards, api_key="", max_bytes=2**20):
-        server = serve_rewards.RewardServer(("127.0.0.1", 0), rewards, api_key, max_bytes)
+    def start(rewards, api_key="", max_bytes=2**20, **limits):
+        server = serve_rewards.RewardServer(("127.0.0.1", 0), rewards, api_key, max_bytes, **limits)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         servers.append(server)
         return server.server_address[1]
@@ -137,14 +137,60 @@ def test_wrong_requests(start, connect):
     assert ask(connection, "POST", "/redness", batch()) == (200, {"scores": [1.0]})
 
 
-def test_a_decompression_bomb(start, connect):
-    # Its header announces 400 million pixels, so it is refused before it is decompressed.
-    small = base64.b64decode(png())
-    header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + small[24:29]
-    content = small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
+def bomb(side):
+    """A small PNG of many pixels: one bit each, all alike."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = zlib.compress(bytes((side // 8 + 1) * side), 1)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return base64.b64encode(content).decode()
+
+
+@pytest.mark.parametrize("side", [4104, 20_000])  # just above our limit, and above PIL's
+def test_images_of_too_many_pixels(start, connect, side):
     connection = connect(start({"redness": redness}))
-    status, answer = ask(connection, "POST", "/redness", batch(images=[base64.b64encode(content).decode()]))
-    assert status == 400 and "decompression bomb" in answer["error"]["message"]
+    status, answer = ask(connection, "POST", "/redness", batch(2, images=[png(), bomb(side)]))
+    assert status == 413 and answer["error"]["field"] == "images[1]"
+    assert "at most 16777216 pixels" in answer["error"]["message"]
+    assert "raise `--max_image_pixels`" in answer["error"]["message"]
+    assert ask(connection, "POST", "/redness", batch()) == (200, {"scores": [1.0]})
+
+
+def test_requests_of_too_many_pixels(start, connect):
+    connection = connect(start({"redness": redness}, max_pixels=12))
+    assert ask(connection, "POST", "/redness", batch(8))[0] == 200
+    status, answer = ask(connection, "POST", "/redness", batch(9))
+    assert status == 413 and answer["error"]["field"] == "images[8]"
+
+
+MEASURE = """
+import json, resource, sys
+import serve_rewards
+content = sys.stdin.buffer.read()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    serve_rewards.read_batch(content)
+    status = 200
+except serve_rewards.RequestError as error:
+    status = int(error.status)
+print(json.dumps([status, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
+@pytest.mark.parametrize("side, status, limit", [(13_000, 413, 30), (4088, 413, 650)])
+def test_memory_of_a_request(side, status, limit):
+    """In MiB. Decoded, these eight images of 13000x13000 would take 4.1 GB, and nine of 4088x4088 430 MB."""
+    images = [bomb(side)] * (8 if side > 4096 else 9)
+    content = json.dumps({"prompts": ["a"] * len(images), "images": images}).encode()
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], input=content, cwd=EXAMPLES, capture_output=True, timeout=60, check=True
+    )
+    measured = json.loads(done.stdout)
+    assert measured[0] == status and measured[1] < limit
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Model cards: what they say, and the code in them, which is run."""
 
+import ast
+
 import numpy as np
 import pytest
 import torch
@@ -94,7 +96,26 @@ def test_any_prompt_is_a_string_of_the_code(tmp_path):
     seen = []
     call = code.split("image = ")[1].replace("pipe(", "note(")
     exec(call, {"note": lambda prompt, **_: seen.append(prompt) or type("Out", (), {"images": [0]}), "torch": torch})
-    assert seen == [prompt.replace("\n", " ")]
+    assert seen == [prompt]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a\r```\r---\rtags: [x]\n---\n# no",
+        "```\n</code></pre><script>alert(1)</script> {braces} $x$",
+        '\'"""\\" \u2028 \u202e \x85 \x00 \U0001f600 \u05e9',
+    ],
+)
+def test_no_prompt_breaks_a_card(tmp_path, prompt):
+    card(tmp_path, prompt=prompt, metadata={"license": "mit"}).save(tmp_path / "README.md")
+    loaded = ModelCard.load(tmp_path / "README.md")
+    assert loaded.data.license == "mit" and loaded.data.tags == ["text-to-image", "flux", "mixgrpo", "grpo", "lora"]
+    lines = (tmp_path / "README.md").read_bytes().decode().splitlines()
+    assert lines.count("---") == 2 and lines.count("```") == lines.count("```python") == 1
+    (code,) = code_of(loaded.text)
+    constants = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert prompt in constants
 
 
 @pytest.mark.parametrize("is_local", [True, False])

@@ -11,7 +11,13 @@ import torch
 
 from diffusers_mixgrpo import RewardError
 from diffusers_mixgrpo.core.advantages import normalize_weights
-from diffusers_mixgrpo.rewards.runner import RewardRunner, check_failures, reward_names, reward_statistics
+from diffusers_mixgrpo.rewards.runner import (
+    MAX_STUCK_THREADS,
+    RewardRunner,
+    check_failures,
+    reward_names,
+    reward_statistics,
+)
 
 
 def brightness(prompts, images, **columns):
@@ -169,6 +175,93 @@ def test_a_timeout_is_no_score(asynchronous):
         given_up.set()
     assert all(math.isnan(score) for score in scores)
     assert isinstance(next(iter(runner.errors.values())), TimeoutError)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_rewards_that_block(asynchronous):
+    """They are given up, a few times, and hold up neither the run nor other rewards."""
+    release = threading.Event()
+    calls = []
+
+    def block(prompts, images):
+        calls.append(len(images))
+        assert release.wait(60)
+        return [1.0] * len(images)
+
+    async def block_the_loop(prompts, images):
+        return block(prompts, images)
+
+    async def other(prompts, images):
+        await asyncio.sleep(0)
+        return [2.0] * len(images)
+
+    before = set(threading.enumerate())
+    runner = RewardRunner([block_the_loop if asynchronous else block, other], timeout=0.05)
+    try:
+        for _ in range(MAX_STUCK_THREADS + 3):
+            runner.start([{"prompt": "a"}] * 2, ["image"] * 2)
+            runner.start([{"prompt": "b"}], ["image"])
+            blocked, others = runner.finish().tolist()
+            assert all(math.isnan(score) for score in blocked) and others == [2.0] * 3
+        assert len(calls) == MAX_STUCK_THREADS
+        (error,) = runner.errors.values()
+        assert isinstance(error, TimeoutError) and "4 calls still run after reward_timeout=0.05 s" in str(error)
+        started = set(threading.enumerate()) - before
+        assert len(started) == MAX_STUCK_THREADS + 1 and all(thread.daemon for thread in started)
+        stuck = [thread for thread in started if "other" not in thread.name]
+    finally:
+        release.set()
+    for thread in stuck:
+        thread.join(60)
+        assert not thread.is_alive()
+    runner.timeout = 60
+    runner.start([{"prompt": "a"}], ["image"])
+    assert runner.finish().tolist() == [[1.0], [2.0]]  # it is called again
+
+
+@pytest.mark.parametrize("timeout", [None, 60])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_async_reward_that_exits(error, timeout):
+    """The caller gets the exception, and the event loop goes on."""
+    answers = iter([error, [1.0]])
+
+    async def judge(prompts, images):
+        answer = next(answers)
+        if answer is error:
+            raise error
+        return answer
+
+    runner = RewardRunner([judge], timeout)
+    runner.start([{"prompt": "a"}], ["image"])
+    with pytest.raises(error):
+        runner.finish()
+    runner.start([{"prompt": "a"}], ["image"])
+    assert runner.finish().tolist() == [[1.0]]
+
+
+def test_discarded_images_are_not_scored():
+    cancelled = threading.Event()
+
+    async def judge(prompts, images):
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    runner = RewardRunner([judge, brightness])
+    runner.start([{"prompt": "a"}], ["image"])
+    runner.clear()
+    assert cancelled.wait(60)
+    assert runner.finish().shape == (2, 0)
+
+
+def test_nothing_to_score():
+    async def later(prompts, images):
+        return [1.0] * len(images)
+
+    scores = RewardRunner([brightness, later]).finish()
+    assert scores.shape == (2, 0) and scores.dtype == torch.float64
 
 
 def test_an_async_reward_that_raises():

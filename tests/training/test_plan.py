@@ -1,6 +1,5 @@
 """What an iteration is: its prompts, window, steps and random numbers, as functions of its number."""
 
-import datasets
 import pytest
 import torch
 from helpers import PROMPTS, small_config
@@ -8,7 +7,6 @@ from helpers import PROMPTS, small_config
 from diffusers_mixgrpo.training.plan import (
     STREAMS,
     PromptSampler,
-    check_dataset,
     draw_order,
     draw_seeds,
     draw_steps,
@@ -143,30 +141,3 @@ def test_the_prompts_of_a_run_are_those_that_its_iterations_ask_for(tmp_path, le
     if settings.max_steps > 0:
         assert len(prompts_of_run(settings, large, [PROMPTS, PROMPTS[:1]], num_processes=2)) == 3 * 2 * 2 + 5 + 1
     assert prompts_of_run(settings, None, [PROMPTS[:1]], num_processes=2) == ["a cat"]
-
-
-@pytest.mark.parametrize(
-    "dataset, error, message",
-    [
-        ([], ValueError, "`train_dataset` must have at least one row with a 'prompt', got an empty dataset"),
-        ([{"text": "a"}], ValueError, r"column 'prompt' of strings, got the columns \['text'\].*rename_column"),
-        (["a", "b"], ValueError, "got the first row 'a'"),
-        ([{"prompt": 3}], ValueError, "column 'prompt' of strings"),
-        (iter([{"prompt": "a"}]), TypeError, "must have a length and be indexable"),
-        (datasets.Dataset.from_dict({"caption": ["a"]}), ValueError, r"got the columns \['caption'\]"),
-        (
-            datasets.Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(),
-            TypeError,
-            "without `streaming=True`",
-        ),
-    ],
-)
-def test_datasets_that_cannot_be_used(dataset, error, message):
-    with pytest.raises(error, match=message):
-        check_dataset("train_dataset", dataset)
-
-
-def test_datasets_that_can_be_used():
-    check_dataset("train_dataset", None)
-    check_dataset("train_dataset", [{"prompt": "a", "more": 1}])
-    check_dataset("train_dataset", datasets.Dataset.from_dict({"prompt": ["a"]}))

@@ -36,7 +36,8 @@ class PipelinePolicy(abc.ABC):
 
     Raises:
         `TypeError`: If `pipe` is of another class.
-        `ValueError`: If the pipeline's scheduler does not expect a flow velocity, or an argument is out of range.
+        `ValueError`: If the pipeline's scheduler does not expect a flow velocity, one of its models is missing, or an
+            argument is out of range.
     """
 
     family: ClassVar[str]
@@ -59,6 +60,7 @@ class PipelinePolicy(abc.ABC):
     ) -> None:
         if not isinstance(pipe, self.pipeline_class):
             raise TypeError(f"`pipe` must be a {self.pipeline_class.__name__}, got {type(pipe).__name__}.")
+        _require_all_parts(pipe)
         _require_flow_velocity(pipe.scheduler)
         default_size = pipe.default_sample_size * pipe.vae_scale_factor
         self.pipe = pipe
@@ -199,6 +201,17 @@ class PipelinePolicy(abc.ABC):
         for part in latents.split(batch_size or max(1, len(latents))):
             images += self.pipe.image_processor.postprocess(self.decode_latents(part), output_type="pil")
         return images
+
+
+def _require_all_parts(pipe: DiffusionPipeline) -> None:
+    optional = pipe._optional_components
+    missing = [name for name, part in pipe.components.items() if part is None and name not in optional]
+    if missing:
+        raise ValueError(
+            f"`model` must be a pipeline with all of its parts, got None as its {', '.join(missing)}. Load it without "
+            f"`{missing[0]}=None`, or set `pipe.{missing[0]}`. To take models off the device, use "
+            "`cache_prompt_embeds=True` and `offload_vae=True`."
+        )
 
 
 def _require_flow_velocity(scheduler: SchedulerMixin) -> None:

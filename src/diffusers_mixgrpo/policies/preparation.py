@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import cast_training_params
 from peft import PeftConfig
@@ -36,11 +37,12 @@ def prepare_pipeline(
     The transformer then gets diffusers' own options: the attention backend and compiled blocks.
 
     Raises:
-        `ValueError`: If there is a LoRA already and another one is passed, if several are active, or if quantized
-            weights are to be trained.
+        `ValueError`: If there is a LoRA already and another one is passed, if several are active, if quantized
+            weights are to be trained, or if hooks take the transformer off the device.
     """
     pipe = policy.pipe
     transformer = pipe.transformer
+    _refuse_offloading(transformer)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
@@ -67,6 +69,36 @@ def prepare_pipeline(
     if settings.compile_repeated_blocks:
         compile_repeated_blocks(transformer)  # after the LoRA's layers and the backend are in place
     return weights
+
+
+def _refuse_offloading(transformer: ModelMixin) -> None:
+    for module in transformer.modules():
+        hook = getattr(module, "_hf_hook", None)
+        hooks = getattr(hook, "hooks", (hook,))
+        is_offloaded = any(isinstance(hook, CpuOffload) or getattr(hook, "offload", False) for hook in hooks)
+        registry = getattr(module, "_diffusers_hook", None)
+        is_group_offloaded = registry is not None and registry.get_hook("group_offloading") is not None
+        if is_offloaded or is_group_offloaded:
+            fix = (
+                "Load the pipeline again without it" if is_group_offloaded else "Call `pipe.remove_all_hooks()` first"
+            )
+            raise ValueError(
+                f"`model` must be a pipeline without CPU offload, got {'group' if is_group_offloaded else 'CPU'} "
+                "offloading of its transformer, whose weights must stay on the device to be trained. "
+                f"{fix}, and use `offload_vae=True` and `cache_prompt_embeds=True` to save memory."
+            )
+
+
+def check_prepared(transformer: ModelMixin, weights: TrainedWeights) -> None:
+    """Raise a `ValueError` unless the LoRA is as [`prepare_pipeline`] left it, as after another trainer was made."""
+    loaded = list(getattr(transformer, "peft_config", {}))
+    active = transformer.active_adapters() if loaded else []
+    expected = [weights.adapter_name] if weights.is_lora else []
+    if active != expected:
+        raise ValueError(
+            f"The pipeline must have the active LoRAs {expected} that this trainer was made with, got {active}: "
+            "another trainer or a call changed them since. Use a pipeline per trainer, or make a new trainer."
+        )
 
 
 def _prepare_adapter(policy: PipelinePolicy, peft_config: PeftConfig | None) -> TrainedWeights:

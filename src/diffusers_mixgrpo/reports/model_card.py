@@ -11,13 +11,13 @@ from ..policies import PipelinePolicy
 from ..policies.trained_weights import LORA_WEIGHTS_NAME, TRANSFORMER_FOLDER
 
 
-LOAD_LORA = """pipe = {pipeline}.from_pretrained("{base_model}", torch_dtype=torch.bfloat16)
-pipe.load_lora_weights("{repo_id}", weight_name="{weight_name}")"""
+LOAD_LORA = """pipe = {pipeline}.from_pretrained({base_model}, torch_dtype=torch.bfloat16)
+pipe.load_lora_weights({repo_id}, weight_name="{weight_name}")"""
 
 LOAD_FULL = """transformer = {transformer}.from_pretrained(
-    "{repo_id}", subfolder="{folder}", torch_dtype=torch.bfloat16
+    {repo_id}, subfolder="{folder}", torch_dtype=torch.bfloat16
 )
-pipe = {pipeline}.from_pretrained("{base_model}", transformer=transformer, torch_dtype=torch.bfloat16)"""
+pipe = {pipeline}.from_pretrained({base_model}, transformer=transformer, torch_dtype=torch.bfloat16)"""
 
 TEMPLATE = """# {name}
 
@@ -34,7 +34,7 @@ from diffusers import {imports}
 pipe.to("cuda")
 
 image = pipe(
-    "{prompt}",
+    {prompt},
 {arguments}
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]
@@ -126,8 +126,8 @@ def mixgrpo_model_card(
     load = (LOAD_LORA if is_lora else LOAD_FULL).format(
         pipeline=pipeline,
         transformer=transformer,
-        base_model=base_model if is_on_hub else "path/to/the/base/pipeline",
-        repo_id=repo_id,
+        base_model=_literal(base_model if is_on_hub and base_model else "path/to/the/base/pipeline"),
+        repo_id=_literal(repo_id),
         weight_name=LORA_WEIGHTS_NAME,
         folder=TRANSFORMER_FOLDER,
     )
@@ -138,7 +138,7 @@ def mixgrpo_model_card(
         rewards=" and ".join(f"`{name}`" for name in reward_names),
         imports=", ".join(sorted(imports)),
         load=load,
-        prompt=prompt.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " "),
+        prompt=_literal(prompt),
         arguments="\n".join(f"    {name}={value!r}," for name, value in policy.call_arguments.items()),
         shift="" if settings.shift is None else SHIFT_NOTE.format(shift=settings.shift),
         optimizer_steps=optimizer_steps,
@@ -149,3 +149,10 @@ def mixgrpo_model_card(
         rows="\n".join(f"| `{name}` | {getattr(settings, name)} |" for name in SETTINGS),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _literal(text: str) -> str:
+    """A text as a Python string in double quotes, on one line and without anything that ends a code block."""
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in quoted)
+    return f'"{escaped}"'.replace("```", "\\x60" * 3)

@@ -85,8 +85,8 @@ def _instantiate(reward: Callable[..., Any], name: str, kwargs: dict[str, Any]) 
         return reward(**kwargs)
     if kwargs:
         raise ValueError(
-            f"`reward_init_kwargs` must be empty for {name!r}, which is a function, got {kwargs}. Use a class whose "
-            "`__init__` takes these arguments."
+            f"`reward_init_kwargs` must be empty for {name!r}, which is a function, got {', '.join(kwargs)}. Use a "
+            "class whose `__init__` takes these arguments."
         )
     return reward
 

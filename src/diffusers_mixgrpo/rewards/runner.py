@@ -5,6 +5,8 @@ import inspect
 import logging
 import math
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from ..core.advantages import combine_rewards, scored_std
 Scores = Sequence[float | None]
 RewardFunc = Callable[..., Scores | Coroutine[Any, Any, Scores]]
 T = TypeVar("T")
+MAX_STUCK_THREADS = 4  # of one reward, whose calls outlasted the timeout and still run
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +58,16 @@ class RewardRunner:
     An image that a reward cannot score (`None`, NaN, an exception, a timeout) becomes NaN, never a number. When a
     batched call raises, its images are scored one by one, so that a bad image does not affect the scores of others.
 
+    Each async reward has an event loop in a daemon thread of its own, so one that blocks does not delay the others. A
+    call that blocks past the time limit is abandoned with its thread, which ends when the call returns. While
+    `MAX_STUCK_THREADS` threads of a reward are stuck, it is not called again: its images have no score.
+
     Args:
         funcs (`list` of reward functions):
             `reward(prompts, images, **columns) -> list[float | None]`, sync or async.
         timeout (`float`, *optional*):
-            Time limit of one call in seconds. A sync function that exceeds it keeps running in its own thread.
+            Time limit of one call in seconds. A call that blocks (a sync function, or an async one that does not
+            await) cannot be stopped: it goes on in its own thread, and its result is ignored.
         device (`torch.device` or `str`, *optional*):
             Device to which rewards with a method `to` are moved. `None` does not move them.
         offload (`bool`, defaults to `False`):
@@ -90,7 +98,8 @@ class RewardRunner:
             self._move(device)
         self.errors: dict[str, Exception] = {}
         self._batches: list[_Batch] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loops: dict[str, _EventLoop] = {}
+        self._abandoned: defaultdict[str, list[threading.Thread]] = defaultdict(list)
 
     def start(self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> None:
         """
@@ -105,9 +114,7 @@ class RewardRunner:
         pending = {}
         for func, name in zip(self.funcs, self.names, strict=True):
             if _is_async(func):
-                call: Any = func(prompts=prompts, images=list(images), **columns)
-                limited = asyncio.wait_for(call, self.timeout)
-                pending[name] = asyncio.run_coroutine_threadsafe(limited, self._background())
+                pending[name] = self._submit(func, name, prompts=prompts, images=list(images), **columns)
         self._batches.append(_Batch(prompts, list(images), columns, pending))
 
     def finish(self) -> torch.Tensor:
@@ -148,7 +155,10 @@ class RewardRunner:
         return {name: text for errors in _gather(own) for name, text in errors.items()}
 
     def clear(self) -> None:
-        """Discard images whose scores have not been collected."""
+        """Discard images whose scores have not been collected, and cancel their async calls."""
+        for batch in self._batches:
+            for call in batch.pending.values():
+                call.cancel()
         self._batches.clear()
 
     def _move(self, device: torch.device | str | None) -> None:
@@ -161,10 +171,14 @@ class RewardRunner:
 
     def _scores(self, func: RewardFunc, name: str, batches: list[_Batch]) -> list[float]:
         """The scores of one reward for all images of the batches."""
+        if not batches:
+            return []
         if _is_async(func):
             scores = []
+            # Calls that await have been stopped by then, since all of them started before now.
+            deadline = None if self.timeout is None else time.monotonic() + self.timeout
             for batch in batches:
-                scores += self._collect(name, batch.pending[name], len(batch.images))
+                scores += self._collect(name, batch.pending[name], len(batch.images), deadline)
         else:
             prompts = [prompt for batch in batches for prompt in batch.prompts]
             images = [image for batch in batches for image in batch.images]
@@ -188,7 +202,7 @@ class RewardRunner:
     ) -> list[float]:
         """The scores of a sync reward: in one call, or image by image if that call raises."""
         try:
-            scores = _call_within(self.timeout, func, prompts=prompts, images=images, **columns)
+            scores = self._call_within(func, name, prompts=prompts, images=images, **columns)
         except Exception as error:
             self._note(name, error)
             if len(images) == 1 or isinstance(error, TimeoutError):
@@ -200,14 +214,68 @@ class RewardRunner:
             return singles
         return as_scores(scores, name, len(images))
 
-    def _collect(self, name: str, call: Future[Scores], count: int) -> list[float]:
-        """The `count` scores of a running call, after waiting for it."""
+    def _call_within(self, func: RewardFunc, name: str, **kwargs: Any) -> Any:
+        """`func(**kwargs)`, or a `TimeoutError` after the time limit. The call itself cannot be stopped."""
+        if self.timeout is None:
+            return func(**kwargs)
+        self._check_stuck(name)
+        future: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(func(**kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        thread = threading.Thread(target=work, name=f"reward {name}", daemon=True)
+        thread.start()
         try:
-            scores = call.result()
+            return future.result(self.timeout)
+        except TimeoutError as error:
+            if future.done():
+                raise
+            self._abandoned[name].append(thread)
+            raise self._no_answer() from error
+
+    def _submit(self, func: RewardFunc, name: str, **kwargs: Any) -> Future[Any]:
+        """Start a call of an async reward on its event loop."""
+        try:
+            self._check_stuck(name)
+        except TimeoutError as error:
+            refused: Future[Any] = Future()
+            refused.set_exception(error)
+            return refused
+        if name not in self._loops:
+            self._loops[name] = _EventLoop(f"reward {name}")
+        return self._loops[name].submit(_outcome(func, kwargs, self.timeout))
+
+    def _collect(self, name: str, call: Future[Any], count: int, deadline: float | None) -> list[float]:
+        """The `count` scores of a running call, after waiting for it until `deadline`."""
+        try:
+            scores = call.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
         except Exception as error:
-            self._note(name, error)
+            if not call.done():
+                # The reward blocks its event loop, which therefore could not stop it.
+                call.cancel()
+                if name in self._loops:
+                    self._abandoned[name].append(self._loops.pop(name).stop())
+            is_limit = isinstance(error, TimeoutError) and not str(error)
+            self._note(name, self._no_answer() if is_limit else error)
             return [math.nan] * count
+        if isinstance(scores, _Exit):
+            raise scores.error
         return as_scores(scores, name, count)
+
+    def _check_stuck(self, name: str) -> None:
+        """Raise a `TimeoutError` if too many threads of a reward are stuck."""
+        self._abandoned[name] = [thread for thread in self._abandoned[name] if thread.is_alive()]
+        if len(self._abandoned[name]) >= MAX_STUCK_THREADS:
+            raise TimeoutError(
+                f"{MAX_STUCK_THREADS} calls still run after reward_timeout={self.timeout} s, so it is not called again"
+            )
+
+    def _no_answer(self) -> TimeoutError:
+        return TimeoutError(f"no answer within reward_timeout={self.timeout} s")
 
     def _note(self, name: str, error: Exception) -> None:
         if name not in self.errors:
@@ -216,12 +284,46 @@ class RewardRunner:
             )
         self.errors[name] = error
 
-    def _background(self) -> asyncio.AbstractEventLoop:
-        """The event loop of the async rewards, which runs in a thread of its own."""
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True).start()
-        return self._loop
+
+class _EventLoop:
+    """An event loop in a daemon thread of its own."""
+
+    def __init__(self, name: str) -> None:
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def stop(self) -> threading.Thread:
+        """Stop the loop as soon as it does not block. Returns its thread, which then ends."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        return self._thread
+
+    def _run(self) -> None:
+        with self._runner:  # cancels what is left and closes the loop
+            self._loop.run_forever()
+
+
+@dataclass(frozen=True)
+class _Exit:
+    """A `KeyboardInterrupt` or `SystemExit` of a reward, which would end the event loop if it were raised there."""
+
+    error: BaseException
+
+
+async def _outcome(func: RewardFunc, kwargs: dict[str, Any], timeout: float | None) -> Any:
+    """The return value of an async reward within `timeout` seconds, or [`_Exit`]."""
+
+    async def call() -> Any:
+        try:
+            return await func(**kwargs)  # type: ignore[misc]  # it is async
+        except (KeyboardInterrupt, SystemExit) as error:
+            return _Exit(error)
+
+    return await asyncio.wait_for(call(), timeout)
 
 
 def _gather(value: T) -> list[T]:
@@ -231,25 +333,6 @@ def _gather(value: T) -> list[T]:
 
 def _is_async(func: RewardFunc) -> bool:
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
-
-
-def _call_within(timeout: float | None, func: Callable[..., T], **kwargs: Any) -> T:
-    """`func(**kwargs)`, or a `TimeoutError` after `timeout` seconds. The call itself cannot be stopped."""
-    if timeout is None:
-        return func(**kwargs)
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(func(**kwargs))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        return future.result(timeout)
-    except TimeoutError as error:
-        raise error if future.done() else TimeoutError(f"no answer within reward_timeout={timeout} s") from error
 
 
 def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:

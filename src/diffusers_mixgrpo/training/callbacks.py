@@ -35,6 +35,7 @@ class IterationCallback(TrainerCallback):
     def __init__(self, interruptions: Interruptions) -> None:
         self.interruptions = interruptions
         self.sampler: PromptSampler | None = None
+        self._steps_done = 0  # over all runs of this trainer
         self.reset()
 
     def reset(self) -> None:
@@ -49,6 +50,13 @@ class IterationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.first_step = state.global_step
+        if self._steps_done > state.global_step:
+            logger.warning(
+                f"Training starts at step {state.global_step} with weights and an optimizer that this trainer has "
+                f"trained for {self._steps_done} steps already. To continue a run, pass `resume_from_checkpoint`; to "
+                "start over, make a new trainer with a new pipeline."
+            )
+        self._steps_done = state.global_step
         if state.global_step >= state.max_steps:
             logger.warning(
                 f"The run is finished: {state.global_step} of {state.max_steps} optimizer steps are done. Raise "
@@ -76,6 +84,7 @@ class IterationCallback(TrainerCallback):
     ) -> TrainerControl:
         assert isinstance(args, MixGRPOConfig)
         self.is_updating = False
+        self._steps_done = state.global_step
         self._evaluation_is_due |= control.should_evaluate
         self._save_is_due |= control.should_save
         is_last = state.global_step >= state.max_steps

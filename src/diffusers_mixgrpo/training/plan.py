@@ -232,33 +232,3 @@ def iterations_of_run(settings: MixGRPOConfig, iterations_per_epoch: int) -> int
     if settings.max_steps > 0:
         return math.ceil(settings.max_steps / settings.optimizer_steps_per_iteration)
     return math.ceil(settings.num_train_epochs * iterations_per_epoch)
-
-
-def check_dataset(name: str, dataset: object) -> None:
-    """
-    Check that a dataset can be trained on or evaluated. `None` passes.
-
-    Args:
-        name (`str`): The name of the argument in messages.
-        dataset: The dataset.
-
-    Raises:
-        `TypeError`, `ValueError`: If it has no length or no items, or its rows have no `"prompt"`.
-    """
-    if dataset is None:
-        return
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise TypeError(
-            f"`{name}` must have a length and be indexable, like a datasets.Dataset or a list of {{'prompt': ...}}, "
-            f"got {type(dataset).__name__}. Load a streaming dataset without `streaming=True`."
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` must have at least one row with a 'prompt', got an empty dataset.")
-    row = dataset[0]
-    columns = list(row) if isinstance(row, dict) else None
-    if columns is None or "prompt" not in columns or not isinstance(row["prompt"], str):
-        found = f"the columns {columns}" if columns is not None else f"the first row {row!r}"
-        raise ValueError(
-            f"`{name}` must have a column 'prompt' of strings, got {found}. Rename the column, for example with "
-            "`dataset.rename_column('text', 'prompt')`, or use [{'prompt': text} for text in texts]."
-        )
