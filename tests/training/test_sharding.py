@@ -24,8 +24,9 @@ from diffusers_mixgrpo.training.sharding import check_launch
 TESTS = Path(__file__).parents[1]
 KINDS = ["lora", "full"]
 WEIGHTS = {"lora": "pytorch_lora_weights.safetensors", "full": "transformer/diffusion_pytorch_model.safetensors"}
-# One group of four images on each rank and one optimizer step, whose update is the gradient
-ONE_STEP = {"steps_per_generation": 1, "max_steps": 1, "optim": "sgd", "learning_rate": 1.0}
+# One group of four images on each rank and one optimizer step, whose update is the gradient. The learning rate makes it
+# as large as the weights, or their rounding to float32 would hide it.
+ONE_STEP = {"steps_per_generation": 1, "max_steps": 1, "optim": "sgd", "learning_rate": 64.0}
 ONE_STEP |= {"max_grad_norm": 0.0, "weight_decay": 0.0}
 FSDP = {
     "fsdp": True,
@@ -72,7 +73,9 @@ def update_of_one_process(folder: Path, kind: str, prompts: list[str]) -> dict[s
         plan = plan_iteration(trainer.args, engine.window_schedule, 0, [{"prompt": prompt}], rank)
         rollout = engine.roll_out(plan, transformer)
         engine.backward(rollout, rollout.training_batches(4)[0], transformer, 8, 2)
-    return {name: -parameter.grad for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    return {
+        name: -64 * parameter.grad for name, parameter in transformer.named_parameters() if parameter.requires_grad
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,7 +144,7 @@ def test_a_launcher_that_starts_one_process_of_several(tmp_path, monkeypatch, ca
 
 def test_fsdp_that_accelerate_would_leave_out(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="`fsdp` must be off without GPUs .* got FSDP with NO processes"):
+    with pytest.raises(ValueError, match="`fsdp` must be off without GPUs .* got it with NO processes"):
         make_trainer(tmp_path)
 
 

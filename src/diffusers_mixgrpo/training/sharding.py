@@ -46,7 +46,7 @@ def _check_fsdp(settings: MixGRPOConfig) -> None:
     kind = settings.distributed_state.distributed_type
     if kind in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ValueError(
-            f"`fsdp` must be off without GPUs or outside `accelerate launch` and `torchrun`, got FSDP with {kind.value}"
+            f"`fsdp` must be off without GPUs and outside `accelerate launch` and `torchrun`, got it with {kind.value}"
             " processes: accelerate would train without sharding. Leave FSDP out, or start the script with one of "
             "them."
         )
