@@ -24,8 +24,8 @@ from diffusers_mixgrpo.training.sharding import check_launch
 TESTS = Path(__file__).parents[1]
 KINDS = ["lora", "full"]
 WEIGHTS = {"lora": "pytorch_lora_weights.safetensors", "full": "transformer/diffusion_pytorch_model.safetensors"}
-# One group of four images on each rank and one optimizer step, whose update is the gradient. The learning rate makes it
-# as large as the weights, or their rounding to float32 would hide it.
+# One group of four images on each rank and one optimizer step, whose update is the gradient. The learning rate makes
+# it as large as the weights, or their rounding to float32 would hide it.
 ONE_STEP = {"steps_per_generation": 1, "max_steps": 1, "optim": "sgd", "learning_rate": 64.0}
 ONE_STEP |= {"max_grad_norm": 0.0, "weight_decay": 0.0}
 FSDP = {
