@@ -165,6 +165,17 @@ def test_deepspeed_that_accelerate_would_leave_out(tmp_path, monkeypatch):
         check_launch(settings)
 
 
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_half_precision_with_deepspeed(tmp_path, monkeypatch, name):
+    settings = small_config(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(settings, "use_cpu", False)
+    check_launch(settings)
+    monkeypatch.setattr(settings, name, True)
+    with pytest.raises(ValueError, match=f"`{name}` must be False with DeepSpeed, got True"):
+        check_launch(settings)
+
+
 def test_resuming_without_a_random_state_says_so(tmp_path, caplog):
     make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
     state = tmp_path / "checkpoint-2" / "rng_state.pth"

@@ -17,7 +17,7 @@ def check_launch(settings: MixGRPOConfig) -> None:
 
     Raises:
         `ValueError`: If there are several processes that would not train together, if FSDP or DeepSpeed would be left
-            out, or for FSDP1, which cannot save a LoRA.
+            out, for FSDP1, and for half precision with DeepSpeed.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and settings.world_size == 1:
@@ -39,6 +39,12 @@ def check_launch(settings: MixGRPOConfig) -> None:
         raise ValueError(
             "`use_cpu` must be False with DeepSpeed, got True: accelerate would train without DeepSpeed. For DeepSpeed"
             " on a CPU set the environment variable DS_ACCELERATOR=cpu and `ddp_backend='gloo'`."
+        )
+    if settings.sharding == "DeepSpeed" and (settings.bf16 or settings.fp16):
+        name = "bf16" if settings.bf16 else "fp16"
+        raise ValueError(
+            f"`{name}` must be False with DeepSpeed, got True: DeepSpeed casts the weights instead of using autocast, "
+            f"and the float32 states of the sampler do not fit them. Set {name}=False, or use FSDP2 or DDP."
         )
 
 
