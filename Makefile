@@ -12,7 +12,10 @@ ISA := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE 
 	OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 OMP_NUM_THREADS=4
 ISA += $(shell grep -qs avx512f /proc/cpuinfo && echo ATEN_CPU_CAPABILITY=avx512)
 
-.PHONY: demo test test-all test-isa quality docs clean
+# An environment of its own: the tests of the other one run without DeepSpeed
+DEEPSPEED_VENV ?= .venv-deepspeed
+
+.PHONY: demo test test-all test-isa test-deepspeed quality docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train_flux_mixgrpo.py $(ARGS)
@@ -28,6 +31,10 @@ test-isa: $(VENV)/.test
 		echo "== $$setting"; \
 		env OMP_WAIT_POLICY=passive $$setting $(PYTEST) $(ARGS) || exit 1; \
 	done
+
+test-deepspeed:
+	$(MAKE) VENV=$(DEEPSPEED_VENV) $(DEEPSPEED_VENV)/.deepspeed
+	DS_ACCELERATOR=cpu $(DEEPSPEED_VENV)/bin/python -m pytest tests/training/test_sharding.py $(ARGS)
 
 quality: $(VENV)/.quality
 	$(BIN)/ruff check src examples tests
@@ -48,6 +55,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,ocr]"
+	touch $@
+
+$(VENV)/.deepspeed: $(VENV)/.test
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --no-build-isolation \
+		--constraint constraints.txt --editable ".[deepspeed]" setuptools wheel
 	touch $@
 
 $(VENV)/.quality: $(VENV)/.installed

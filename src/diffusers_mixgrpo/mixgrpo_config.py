@@ -12,6 +12,7 @@ from typing import Any, get_args
 import diffusers
 from diffusers.models.attention_dispatch import AttentionBackendName
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .core.advantages import AGGREGATIONS, SCALINGS
@@ -398,6 +399,9 @@ class MixGRPOConfig(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # each trained weight contributes to each velocity
         super().__post_init__()
+        # With ZeRO-3 transformers would shard all models that are loaded from here on. But text encoders and rewards
+        # run outside DeepSpeed's engine and stay whole, and the engine itself shards the transformer.
+        unset_hf_deepspeed_config()
         self._validate_ranges()
         self._validate_window()
         MixedODESDEScheduler(**self.scheduler_arguments())  # checks `sde_type`, `eta`, `ode_solver`, ...
@@ -456,6 +460,13 @@ class MixGRPOConfig(TrainingArguments):
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
             return "DeepSpeed"
         return None
+
+    @property
+    def fsdp_version(self) -> int:
+        """The version of FSDP that the arguments or `accelerate launch` ask for."""
+        if self.fsdp:
+            return int(self.fsdp_plugin_args["fsdp_version"])
+        return int(os.environ.get("FSDP_VERSION", "1"))  # accelerate's default
 
     def window_schedule(self) -> WindowSchedule:
         """The window's place as a function of the iteration."""

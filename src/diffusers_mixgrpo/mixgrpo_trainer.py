@@ -25,7 +25,7 @@ from .policies import policy_class
 from .policies.loading import load_pipeline
 from .policies.preparation import check_prepared, place_components, prepare_pipeline, rename_gradient_checkpointing
 from .policies.prompt_embeds import cache_prompts
-from .policies.trained_weights import load_trained_weights, save_trained_weights
+from .policies.trained_weights import gather_trained_weights, load_trained_weights, save_trained_weights
 from .reports.model_card import mixgrpo_model_card
 from .reports.sample_grid import save_sample_grid
 from .rewards import load_reward
@@ -42,6 +42,7 @@ from .training.nonfinite import NonFiniteError, NonFiniteSteps, finite_gradient,
 from .training.plan import IterationPlan, PromptDataset, PromptSampler, Row, prompts_of_run
 from .training.preflight import preflight
 from .training.preflight_report import PreflightReport
+from .training.sharding import check_launch
 
 
 logger = logging.get_logger(__name__)
@@ -456,8 +457,19 @@ class MixGRPOTrainer(Trainer):
 
     # ---- Saving and loading ----
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # Overridden since the Trainer saves nothing with FSDP and a sharded state dict, nor with ZeRO-3 by default.
+        if not self.engine.is_sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        # Overridden to write the files that diffusers loads.
+        # Overridden to write the files that diffusers loads. All ranks come here and gather, and one of them writes.
+        if self.engine.is_sharded:
+            state_dict = gather_trained_weights(self.pipe.transformer, keep=self.args.should_save)
         if not self.args.should_save:
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
@@ -471,7 +483,19 @@ class MixGRPOTrainer(Trainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_trained_weights(self.pipe, resume_from_checkpoint, self.weights)
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # Overridden to say what the Trainer passes over in silence.
+        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, name)):
+            logger.warning(
+                f"The checkpoint has no {name}: it is one of another number of processes than {self.args.world_size}. "
+                "Resuming is not exact: this process draws other random numbers, and prompts are shared differently."
+            )
+        super()._load_rng_state(checkpoint)
+
     def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            return super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint, self.model_wrapped)
 
@@ -637,6 +661,7 @@ def _check_arguments(
     peft_config: PeftConfig | None,
 ) -> None:
     """Refuse arguments that cannot work together."""
+    check_launch(args)
     if args.n_gpu > 1:
         raise ValueError(
             f"One process must see one GPU, got {args.n_gpu}, which torch's DataParallel would share. Start one "

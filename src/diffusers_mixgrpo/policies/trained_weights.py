@@ -5,6 +5,8 @@ import os
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .preparation import TrainedWeights
 
@@ -32,6 +34,40 @@ def save_trained_weights(
         _save_lora(pipe, folder, weights.adapter_name, state_dict)
     else:
         _save_transformer(pipe.transformer, folder, state_dict)
+
+
+def gather_trained_weights(transformer: ModelMixin, keep: bool) -> dict[str, torch.Tensor]:
+    """
+    The trained weights and the buffers of a transformer that FSDP2 or DeepSpeed shards. All ranks must call it.
+
+    The frozen weights are left out, and one weight is gathered at a time: it needs the memory of the largest one.
+
+    Args:
+        transformer ([`~diffusers.ModelMixin`]): The transformer.
+        keep (`bool`): Whether this rank needs the weights. The others get an empty dictionary.
+
+    Returns:
+        `dict[str, torch.Tensor]`: On the CPU. With DeepSpeed these are its optimizer's float32 copies.
+    """
+    gathered = {}
+    # Unlike `named_parameters`, this shards again what FSDP2 left whole after a forward pass.
+    for name, value in transformer.state_dict(keep_vars=True).items():
+        if isinstance(value, nn.Parameter) and not value.requires_grad:
+            continue
+        whole = _gather(value)
+        if keep:
+            gathered[name] = whole.detach().cpu()
+    return gathered
+
+
+def _gather(value: torch.Tensor) -> torch.Tensor:
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if hasattr(value, "ds_id") or hasattr(value, "_hp_mapping"):  # set by ZeRO-3, and by ZeRO-1 and ZeRO-2
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(value)
+    return value
 
 
 def load_trained_weights(pipe: DiffusionPipeline, folder: str, weights: TrainedWeights) -> None:

@@ -47,7 +47,7 @@ def finite_gradient(parameters: Iterable[nn.Parameter]) -> bool:
     Whether all gradients are finite. Waits for them. With sharded gradients, all ranks must call this function.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return not gradients or _all_finite(gradients)
+    return _all_finite(gradients)
 
 
 @torch.no_grad()
@@ -57,6 +57,9 @@ def finite_weights(parameters: Iterable[nn.Parameter]) -> bool:
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    tensors = [tensor for tensor in tensors if tensor.numel()]  # DeepSpeed leaves empty ones
+    if not tensors:
+        return True
     # The largest absolute value is finite if and only if all values are: NaN propagates.
     norm = torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))
     if isinstance(norm, DTensor):
