@@ -335,16 +335,18 @@ class MixGRPOTrainer(Trainer):
         return rollout
 
     def _restore_rollout(self, plan: IterationPlan) -> Rollout | None:
+        """The rollout of an interrupted iteration, if each rank has its own."""
         path = os.path.join(self._resumed_from or "", ROLLOUT_NAME.format(rank=self.args.process_index))
+        restored = None
         if self._resumed_from is not None and os.path.isfile(path):
             restored = self.engine.restore(plan, torch.load(path, map_location="cpu", weights_only=True))
-            if restored is not None:
-                return restored
-        logger.warning(
-            f"Step {self.state.global_step}: resuming inside iteration {plan.iteration} without its images, which "
-            "are sampled again with other weights."
-        )
-        return None
+        if not self.engine.gather(torch.tensor([restored is not None])).all():
+            logger.warning(
+                f"Step {self.state.global_step}: resuming inside iteration {plan.iteration} without its images, which "
+                "are sampled again with other weights."
+            )
+            return None
+        return restored
 
     def _drop_nonfinite_step(self, rollout: Rollout, trained: TrainingBatch) -> None:
         """Leave the weights alone where the gradient is infinite or NaN. All ranks see the same gradient."""
@@ -571,23 +573,23 @@ class MixGRPOTrainer(Trainer):
         if callback.first_step is None or step <= callback.first_step:
             return  # nothing was trained that an older checkpoint does not have
         folder = self._checkpoint_folder(step)
-        resume = f"Resume with trainer.train(resume_from_checkpoint={folder!r})."
-        if callback.saved_step == step:
-            error.add_note(f"The weights after {step} optimizer steps are saved in {folder}. {resume}")
-            return
-        if callback.is_updating:
-            error.add_note(f"Optimizer step {step + 1} was not finished, so its weights are not saved.")
-            return
-        try:
-            is_saved = self._save_together(error) if self.engine.is_sharded else self._save_alone(folder)
-        except Exception as failure:
-            error.add_note(f"The weights after {step} optimizer steps could not be saved: {failure!r}.")
-            return
+        is_saved = callback.saved_step == step
+        reason = f"optimizer step {step + 1} was not finished" if callback.is_updating else ""
+        if not is_saved and not reason:
+            try:
+                is_saved = self._save_together(error) if self.engine.is_sharded else self._save_alone(folder)
+                reason = "they are spread over processes, of which one has failed"
+            except Exception as failure:
+                reason = repr(failure)
+        note = f"The weights after {step} optimizer steps could not be saved: {reason}."
         if is_saved:
-            error.add_note(f"The weights after {step} optimizer steps are saved in {folder}. {resume}")
-            logger.warning(f"Stopped by {error!r}. Saved {folder}.")
-        else:
-            error.add_note(f"The weights after {step} optimizer steps are not saved: they are spread over processes.")
+            note = (
+                f"The weights after {step} optimizer steps are saved in {folder}. Resume with "
+                f"trainer.train(resume_from_checkpoint={folder!r})."
+            )
+        error.add_note(note)
+        if not isinstance(error, Exception):
+            logger.warning(f"Stopped by {error!r}. {note}")  # Python shows no notes of SystemExit
 
     def _save_together(self, error: BaseException) -> bool:
         """Save sharded weights, if all ranks have come to this error."""
@@ -600,17 +602,16 @@ class MixGRPOTrainer(Trainer):
         """Save without collectives, which ranks that have failed may not answer: each writes what it has."""
         if not finite_weights(self.engine.trained_parameters):
             raise NonFiniteError("they are infinite or NaN")
-        if not self.is_world_process_zero():
-            final = self._faults.wait_for("saving")
-            if final is not None:
-                self._write_own_state(staging_folder(final))
-            self._faults.announce(f"written by {self.args.process_index}")
-            return final is not None
-        self._faults.announce("saving", folder)
-        self._write_checkpoint(folder)
-        for rank in range(1, self.args.world_size):
-            self._faults.wait_for(f"written by {rank}")
-        publish(folder)
+        staged = staging_folder(folder)
+        if self.is_world_process_zero():
+            self._write_checkpoint(folder)
+            publish(folder)
+            self._faults.announce("published")
+            return True
+        self._write_own_state(staged)
+        if self._faults.is_announced("published"):  # by a first rank that did not wait
+            shutil.copytree(staged, folder, dirs_exist_ok=True)
+            shutil.rmtree(os.path.dirname(staged))
         return True
 
     # ---- Hub ----

@@ -177,7 +177,9 @@ def test_a_step_that_is_not_finished_is_not_saved(make, tmp_path):
     fails = FailAt("on_optimizer_step", 3, MemoryError())
     with pytest.raises(MemoryError) as caught:
         make(callbacks=[fails], save_strategy="steps", save_steps=2).train()
-    assert caught.value.__notes__ == ["Optimizer step 4 was not finished, so its weights are not saved."]
+    assert caught.value.__notes__ == [
+        "The weights after 3 optimizer steps could not be saved: optimizer step 4 was not finished."
+    ]
     assert [path.name for path in (tmp_path / "output").glob("checkpoint*")] == ["checkpoint-2"]
 
 

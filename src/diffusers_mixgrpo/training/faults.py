@@ -13,6 +13,7 @@ from accelerate import PartialState
 
 
 _POLL_SECONDS = 0.1
+_SECONDS_TO_A_CAUSE = 3.0
 
 
 class RankError(RuntimeError):
@@ -20,26 +21,18 @@ class RankError(RuntimeError):
 
 
 class FaultBoard:
-    """
-    One run's faults. With one process, nothing is ever published.
+    """One run's faults. With one process, nothing is ever published."""
 
-    Args:
-        patience (`float`, defaults to 15.0): Seconds to wait for what other ranks publish after a fault.
-    """
-
-    def __init__(self, patience: float = 15.0) -> None:
-        self.patience = patience
+    def __init__(self) -> None:
         state = PartialState()
         self.rank = state.process_index
-        self.num_ranks = state.num_processes
         self._store: dist.Store | None = None
-        if self.num_ranks > 1:
-            # Kept here, since a rank that fails leaves its process group and still needs the store.
+        if state.num_processes > 1:
             self._store = dist.PrefixStore("mixgrpo_faults", dist.distributed_c10d._get_default_store())
 
     def report(self, error: BaseException, where: str) -> str | None:
         """
-        Publish this rank's error unless another rank was first, and leave the process group, so that no rank waits.
+        Publish this rank's error unless another rank was first.
 
         Args:
             error (`BaseException`): The error.
@@ -50,36 +43,28 @@ class FaultBoard:
         """
         if self._store is None:
             return None
-        # A collective fails moments after another rank's error, which is the one to show.
         if is_collective_error(error):
-            self._wait_for("first", 3.0)
+            self._wait_for_a_cause()
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno}) {where}"
         first = self._store.compare_set("first", "", f"{self.rank}|{text}").decode()
-        if dist.is_initialized() and dist.get_backend() == "gloo":
-            dist.destroy_process_group()  # closes its connections, which ends the others' waiting
         rank, _, message = first.partition("|")
         return None if int(rank) == self.rank else f"Rank {rank} stopped with {message}"
 
-    def announce(self, name: str, value: str = "") -> None:
-        """Publish a value under a name."""
+    def announce(self, name: str) -> None:
+        """Tell the other ranks that something is done."""
         if self._store is not None:
-            self._store.set(name, value)
+            self._store.set(name, "done")
 
-    def wait_for(self, name: str) -> str | None:
-        """The value that a rank publishes under a name, or `None` if it does not come."""
-        if self._store is None or not self._wait_for(name, self.patience):
-            return None
-        return self._store.get(name).decode()
+    def is_announced(self, name: str) -> bool:
+        """Whether a rank has announced it."""
+        return self._store is not None and self._store.check([name])
 
-    def _wait_for(self, name: str, seconds: float) -> bool:
-        assert self._store is not None
-        end = time.monotonic() + seconds
-        while not self._store.check([name]):
-            if time.monotonic() > end:
-                return False
+    def _wait_for_a_cause(self) -> None:
+        """A collective fails moments after another rank's error, which is the one to show."""
+        end = time.monotonic() + _SECONDS_TO_A_CAUSE
+        while not self.is_announced("first") and time.monotonic() < end:
             time.sleep(_POLL_SECONDS)
-        return True
 
 
 def is_collective_error(error: BaseException) -> bool:
