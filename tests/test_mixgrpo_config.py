@@ -473,3 +473,8 @@ def test_the_windows_of_the_presets_move_as_published(tmp_path):
 def test_an_unknown_preset():
     with pytest.raises(ValueError, match="`name` must be one of .*'mixgrpo-flash-star'.*got 'ppo'"):
         MixGRPOConfig.from_preset("ppo")
+
+
+def test_an_unknown_argument_of_a_preset():
+    with pytest.raises(ValueError, match="`window_sise` must be an argument of MixGRPOConfig.* mean `window_size`?"):
+        MixGRPOConfig.from_preset("mixgrpo", window_sise=2)
