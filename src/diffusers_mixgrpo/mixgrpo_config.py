@@ -53,7 +53,8 @@ class MixGRPOConfig(TrainingArguments):
         sde_type (`str`, defaults to `"flow"`):
             Kind of stochastic step inside the window: `"flow"`, `"dance"`, `"cps"` or `"dpm"`.
         eta (`float`, defaults to 0.7):
-            Amount of noise inside the window.
+            Amount of noise inside the window, in [0.01, 3]: below, float32 would lose the noise of small steps; above,
+            the first steps amplify deviations.
         ode_solver (`str`, defaults to `"euler"`):
             Solver outside the window: `"euler"`, `"dpmsolver++"` or `"unipc"`.
         solver_order (`int`, defaults to 2):
@@ -208,7 +209,8 @@ class MixGRPOConfig(TrainingArguments):
     > - `bf16` is on where the GPU supports it and `fp16` is off; `output_dir="mixgrpo"`.
 
     Raises:
-        `ValueError`: If a value is out of range or the batch sizes do not fit together.
+        `ValueError`: If a value, including those of [`~transformers.TrainingArguments`], has a wrong type or is out of
+            range, or if values do not fit together. The message names the argument.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
