@@ -236,6 +236,7 @@ def train(folder: Path, pipe: FluxPipeline, changes: dict[str, Any]) -> str:
     kwargs = {"max_steps": 2, "eval_strategy": "no"} | changes
     is_short = kwargs["max_steps"] == -1 and "num_train_epochs" not in changes
     kwargs |= {"num_train_epochs": 1} if is_short else {}
+    kwargs |= {"compile_repeated_blocks": False}  # which would take minutes
     try:
         trainer = make_trainer(folder, pipe=pipe, rewards=redness, eval_dataset=PROMPTS[:2], **kwargs)
         trainer.train()

@@ -69,7 +69,7 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
         scale_rewards=must_be.choice(SCALINGS),
         advantage_clip=optional(number(0, 1e6, above=True)),
         reward_init_kwargs=optional(must_be.MAPPING),
-        reward_timeout=optional(number(0, 1e6, above=True)),
+        reward_timeout=optional(number(1e-3, 1e6)),
         max_reward_failure_rate=number(0, 1),
         # The objective
         num_generations=must_be.Rule(

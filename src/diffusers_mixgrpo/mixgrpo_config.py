@@ -1,6 +1,7 @@
 """[`MixGRPOConfig`]: the arguments of [`MixGRPOTrainer`], with the paper's values as defaults."""
 
 import dataclasses
+import importlib
 import math
 import os
 from dataclasses import dataclass, field
@@ -8,7 +9,9 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
 from . import argument_rules as must_be
@@ -18,6 +21,13 @@ from .presets import PRESETS
 from .scheduling_mixed_ode_sde import MixedODESDEScheduler
 
 
+# Optimizers that can only be built for the model, and their packages
+_OPTIMIZERS_OF_MODELS = {
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "lomo": "lomo_optim",
+    "adalomo": "lomo_optim",
+}
 _QUANTIZATION_KEYS = ("quant_backend", "quant_kwargs", "components_to_quantize")
 
 
@@ -360,6 +370,12 @@ class MixGRPOConfig(TrainingArguments):
         must_be.check_fields(self, config_rules(type(self)))  # type: ignore[arg-type]  # a class is hashable
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        # PyTorch's optimizers refuse a pair of an int and a float.
+        self.adam_beta1 = float(self.adam_beta1)
+        self.adam_beta2 = float(self.adam_beta2)
+        if isinstance(self.accelerator_config, dict):
+            known = [field.name for field in dataclasses.fields(AcceleratorConfig)]
+            must_be.check_names(self.accelerator_config, known, "a key of `accelerator_config`")
         needs_metric = self.load_best_model_at_end or self.save_strategy == "best"
         needs_metric = needs_metric or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         if needs_metric and self.metric_for_best_model is None:
@@ -538,6 +554,14 @@ class MixGRPOConfig(TrainingArguments):
             )
 
     def _validate_speed_and_memory(self) -> None:
+        if self.attention_backend is not None:
+            try:
+                _check_attention_backend_requirements(AttentionBackendName(self.attention_backend.lower()))
+            except RuntimeError as error:
+                raise ValueError(
+                    "`attention_backend` must be one whose package is installed, got "
+                    f"{self.attention_backend!r}: {error}"
+                ) from error
         if isinstance(self.reward_init_kwargs, dict):
             for name, kwargs in self.reward_init_kwargs.items():
                 if not isinstance(kwargs, dict):
@@ -593,7 +617,10 @@ class MixGRPOConfig(TrainingArguments):
         optimizer: torch.optim.Optimizer = torch.optim.SGD([weights], lr=self.learning_rate)
         try:
             name = str(getattr(self.optim, "value", self.optim))
-            if not name.startswith(("galore", "apollo", "lomo", "adalomo")):  # which need the model
+            package = next((value for key, value in _OPTIMIZERS_OF_MODELS.items() if name.startswith(key)), None)
+            if package is not None:
+                importlib.import_module(package)
+            else:
                 optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(self)
                 optimizer = optimizer_class([weights], **kwargs)
         except Exception as error:
@@ -603,14 +630,15 @@ class MixGRPOConfig(TrainingArguments):
             ) from error
         steps = max(self.max_steps, 10)
         try:
-            get_scheduler(
+            schedule = get_scheduler(
                 self.lr_scheduler_type,
                 optimizer,
                 num_warmup_steps=self.get_warmup_steps(steps),
                 num_training_steps=steps,
                 scheduler_specific_kwargs=self.lr_scheduler_kwargs or None,  # type: ignore[arg-type]  # parsed
             )
-            if not math.isfinite(optimizer.param_groups[0]["lr"]):
+            factors = [factor(step) for factor in getattr(schedule, "lr_lambdas", []) for step in (0, 1, steps // 2)]
+            if not all(map(math.isfinite, factors)):
                 raise ValueError("the learning rate would not be finite")
         except Exception as error:
             raise ValueError(
