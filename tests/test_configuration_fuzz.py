@@ -271,6 +271,7 @@ def test_a_configuration_works_or_names_an_argument(tmp_path, shared_pipe):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_accepted_configuration_trains(tmp_path, shared_pipe):
     outcomes = try_configurations(tmp_path, shared_pipe, count=1000, most_trained=1000)
     outcomes.check({"trained": 250, "refused by name": 400, "refused later": 0})
