@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from command_line import parse
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from report import (
@@ -29,9 +30,9 @@ from report import (
     sample_examples,
     write_summary,
 )
-from trl import TrlParser
 
 from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, toy
+from diffusers_mixgrpo import argument_rules as must_be
 
 
 def flag(help: str, default: Any = None) -> Any:
@@ -53,6 +54,11 @@ class ScriptArguments:
     lora_alpha: int = flag("Scale of the LoRA.", 128)
     dry_run: bool = flag("Only print what the run will do and cost.", False)
 
+    def __post_init__(self) -> None:
+        count = must_be.integer(0)
+        limits = {"lora_rank": count, "lora_alpha": must_be.integer(1), "num_eval_prompts": must_be.optional(count)}
+        must_be.check_fields(self, must_be.rules_of(ScriptArguments, **limits))
+
 
 def main() -> None:
     # 1. Parse. The configuration of the toy is the default for the bundled pipeline.
@@ -60,7 +66,7 @@ def main() -> None:
     flags = {argument.split("=")[0] for argument in argv}
     if not flags & {"--config", "--pretrained_model_name_or_path"}:
         argv = ["--config", str(Path(__file__).parent / "configs" / "toy.yaml"), *argv]
-    script, config = TrlParser((ScriptArguments, MixGRPOConfig)).parse_args_and_config(argv)
+    script, config = parse(argv, ScriptArguments, MixGRPOConfig)
 
     # 2. Build
     train_dataset, eval_dataset = load_prompts(script)

@@ -17,9 +17,11 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 # Folder, or file at the top -> the package's folders and files that it may import
 ALLOWED = {
     "core": {"core", "scheduling_mixed_ode_sde"},
-    "scheduling_mixed_ode_sde": {"core"},
+    "argument_rules": set(),
+    "scheduling_mixed_ode_sde": {"core", "argument_rules"},
     "presets": set(),
-    "mixgrpo_config": {"core", "presets", "scheduling_mixed_ode_sde"},
+    "config_rules": {"argument_rules", "core", "scheduling_mixed_ode_sde"},
+    "mixgrpo_config": {"argument_rules", "config_rules", "core", "presets", "scheduling_mixed_ode_sde"},
     "policies": {"policies", "core", "mixgrpo_config"},
     "rewards": {"rewards", "core"},
     "training": {"training", "core", "policies", "rewards", "mixgrpo_config", "scheduling_mixed_ode_sde"},

@@ -18,7 +18,7 @@ from diffusers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_mixgrpo.scheduling_mixed_ode_sde import MixedODESDEScheduler
+from diffusers_mixgrpo.scheduling_mixed_ode_sde import LEAST_ETA, LEAST_STD, MixedODESDEScheduler
 
 
 SDE_TYPES = ["flow", "dance", "cps", "dpm"]
@@ -669,21 +669,36 @@ def test_moving_the_window_during_a_run():
         ({"sde_type": "ode"}, "`sde_type` must be one of 'flow', 'dance', 'cps', 'dpm', got 'ode'"),
         ({"ode_solver": "heun"}, "`ode_solver` must be one of 'euler', .*got 'heun'"),
         ({"solver_type": "rk4"}, "`solver_type` must be one of .*got 'rk4'"),
-        ({"solver_order": 0}, "`solver_order` must be one of 1, 2, 3, got 0"),
-        ({"solver_order": 4}, "`solver_order` must be one of 1, 2, 3, got 4"),
-        ({"eta": 0.0}, "`eta` must be finite and > 0, got 0.0"),
-        ({"eta": -0.7}, "`eta` must be finite and > 0, got -0.7"),
-        ({"eta": math.inf}, "`eta` must be finite and > 0, got inf"),
-        ({"eta": math.nan}, "`eta` must be finite and > 0, got nan"),
-        ({"eta": 1.1, "sde_type": "cps"}, r"`eta` must be in \(0, 1\] for `sde_type='cps'`, got 1.1"),
-        ({"suffix_ratio": 0.0}, r"`suffix_ratio` must be in \(0, 1\], got 0.0"),
-        ({"prefix_ratio": 1.5}, r"`prefix_ratio` must be in \(0, 1\], got 1.5"),
-        ({"window_start": -1}, "`window_start` must be an integer >= 0, got -1"),
-        ({"window_size": -2}, '`window_size` must be an integer >= 0 or "all", got -2'),
-        ({"window_size": 1.5}, '`window_size` must be an integer >= 0 or "all", got 1.5'),
-        ({"window_start": "all"}, "`window_start` must be an integer >= 0, got 'all'"),
-        ({"invert_sigmas": True}, "`invert_sigmas` must be False, got True"),
-        ({"stochastic_sampling": True}, "`stochastic_sampling` must be False, got True"),
+        ({"solver_order": 0}, "`solver_order` must be an integer in \\[1, 3\\], got 0"),
+        ({"solver_order": 4}, "`solver_order` must be an integer in \\[1, 3\\], got 4"),
+        ({"eta": 0.0}, r"`eta` must be a number in \[0.01, 3\], got 0.0"),
+        ({"eta": -0.7}, r"`eta` must be a number in \[0.01, 3\], got -0.7"),
+        ({"eta": math.inf}, r"`eta` must be a number in \[0.01, 3\], got inf"),
+        ({"eta": math.nan}, r"`eta` must be a number in \[0.01, 3\], got nan"),
+        ({"eta": 1.1, "sde_type": "cps"}, r"`eta` must be in \[0.01, 1\] for `sde_type='cps'`, got 1.1"),
+        ({"suffix_ratio": 0.0}, r"`suffix_ratio` must be a number in \(0, 1\], got 0.0"),
+        ({"prefix_ratio": 1.5}, r"`prefix_ratio` must be a number in \(0, 1\], got 1.5"),
+        ({"window_start": -1}, "`window_start` must be an integer of 0 or more, got -1"),
+        ({"window_size": -2}, "`window_size` must be an integer of 0 or more, or 'all', got -2"),
+        ({"window_size": 1.5}, "`window_size` must be an integer of 0 or more, or 'all', got 1.5"),
+        ({"window_start": "all"}, "`window_start` must be an integer of 0 or more, got 'all'"),
+        ({"invert_sigmas": True}, "`invert_sigmas` must be False, since .* got True"),
+        ({"stochastic_sampling": True}, "`stochastic_sampling` must be False, since .* got True"),
+        ({"eta": ""}, "`eta` must be a number .*, got ''"),
+        ({"eta": 1e9}, "`eta` must be a number .*, got 1000000000.0"),
+        ({"eta": 1e-30}, "`eta` must be a number .*, got 1e-30"),
+        ({"num_train_timesteps": 0}, "`num_train_timesteps` must be an integer .*, got 0"),
+        ({"shift": math.inf}, "`shift` must be a number .*, got inf"),
+        ({"shift": "3"}, "`shift` must be a number .*, got '3'"),
+        ({"base_shift": math.nan}, "`base_shift` must be a number .*, got nan"),
+        ({"max_shift": math.inf}, "`max_shift` must be a number .*, got inf"),
+        ({"base_image_seq_len": math.nan}, "`base_image_seq_len` must be an integer .*, got nan"),
+        ({"max_image_seq_len": 256}, "`max_image_seq_len` must be more than base_image_seq_len=256, .*, got 256"),
+        ({"shift_terminal": 1.0}, "`shift_terminal` must be a number .*, got 1.0"),
+        ({"use_dynamic_shifting": "no"}, "`use_dynamic_shifting` must be True or False, got 'no'"),
+        ({"use_beta_sigmas": {}}, "`use_beta_sigmas` must be True or False, got {}"),
+        ({"use_beta_sigmas": True, "use_karras_sigmas": True}, "`use_beta_sigmas` must be False with use_karras"),
+        ({"time_shift_type": "quadratic"}, "`time_shift_type` must be one of .*, got 'quadratic'"),
         ({"use_karras_sigmas": True, "suffix_ratio": 0.5}, "`use_karras_sigmas` must be False with .*, got True"),
         ({"use_beta_sigmas": True, "prefix_ratio": 0.5}, "`use_beta_sigmas` must be False with .*, got True"),
     ],
@@ -691,6 +706,73 @@ def test_moving_the_window_during_a_run():
 def test_bad_config(config, message):
     with pytest.raises(ValueError, match=message):
         MixedODESDEScheduler(**config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"shift": 3.0},
+        {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15},
+        {"use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1}
+        | {"base_image_seq_len": 1024, "max_image_seq_len": 4096},
+        {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02}
+        | {"base_image_seq_len": 256, "max_image_seq_len": 8192},
+        {"shift": 7.0, "invert_sigmas": False, "stochastic_sampling": False, "time_shift_type": "linear"},
+        {"shift": 16, "base_shift": None, "max_shift": None, "shift_terminal": None},
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+    ],
+)
+def test_stock_configs_load(config):
+    stock = FlowMatchEulerDiscreteScheduler(**config)
+    scheduler = MixedODESDEScheduler.from_config(stock.config)
+    for one in (stock, scheduler):
+        one.set_timesteps(25, mu=1.15)
+    assert torch.equal(scheduler.sigmas, stock.sigmas)
+    assert {name: scheduler.config[name] for name in config} == config
+
+
+@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps", "dpm"])
+def test_the_least_eta_keeps_the_noise_of_every_step_above_rounding(sde_type):
+    for shift in (0.1, 1, 3, 100):
+        for steps in (2, 5, 25, 100, 1000):
+            scheduler = MixedODESDEScheduler(sde_type=sde_type, eta=LEAST_ETA, shift=shift, window_size="all")
+            scheduler.set_timesteps(steps)  # or it raises
+            x = torch.zeros(steps - 1, 1)
+            assert (scheduler.transition(x, x, torch.arange(steps - 1))[1] >= LEAST_STD).all()
+
+
+def test_a_first_noise_level_that_a_shift_rounds_to_less_than_1():
+    scheduler = MixedODESDEScheduler(shift=0.1, window_size=2)
+    scheduler.set_timesteps(8)
+    assert 1 - 2**-18 < scheduler.sigmas[0] < 1
+    x = noise(1, 2, 2)
+    # By the second noise level: `eta * sqrt(sigma * step / (1 - sigma_max))`, and step is `1 - sigma_max`
+    assert scheduler.transition(x, x, 0)[1] == pytest.approx(0.7, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "arguments"),
+    [
+        ({"num_train_timesteps": 2, "window_size": 0, "ode_solver": "unipc"}, None, {"sigmas": [0.5, 0.5]}),
+        ({"shift_terminal": 0.1, "window_size": 0}, 1, {}),
+        ({"window_size": 1}, None, {"sigmas": [0.5, 0.5]}),
+        ({"window_size": 1}, None, {"sigmas": [math.nan, 0.5]}),
+        ({"window_size": 1, "use_dynamic_shifting": True}, 4, {"mu": 50.0}),
+    ],
+)
+def test_a_schedule_without_steps_is_refused(config, steps, arguments):
+    scheduler = MixedODESDEScheduler(**config)
+    with pytest.raises(ValueError, match="`sigmas` must be finite, and fall .* got .*shift="):
+        scheduler.set_timesteps(steps, **arguments)
+    with pytest.raises(ValueError, match="Call `set_timesteps` first"):
+        scheduler.step(noise(1, 2), torch.tensor(1000.0), noise(1, 2))
+
+
+def test_a_tiny_ratio_leaves_one_step():
+    scheduler = MixedODESDEScheduler(window_start=2, window_size=2, prefix_ratio=1e-12, suffix_ratio=1e-12)
+    scheduler.set_timesteps(8)
+    assert len(scheduler.timesteps) == 1 + 2 + 1
 
 
 @pytest.mark.parametrize(

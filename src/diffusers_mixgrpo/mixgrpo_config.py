@@ -1,60 +1,40 @@
 """[`MixGRPOConfig`]: the arguments of [`MixGRPOTrainer`], with the paper's values as defaults."""
 
 import copy
+import dataclasses
+import importlib
 import math
-import numbers
 import os
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import diffusers
-from diffusers.models.attention_dispatch import AttentionBackendName
-from transformers import TrainingArguments
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
-from .core.advantages import AGGREGATIONS, SCALINGS
-from .core.window_schedule import WindowSchedule, WindowStrategy
+from . import argument_rules as must_be
+from .config_rules import config_rules
+from .core.window_schedule import WindowSchedule
 from .presets import PRESETS
 from .scheduling_mixed_ode_sde import MixedODESDEScheduler
 
 
-# Arguments that must be integers of 1 or more, and those that may also be None
-_COUNTS = (
-    "height",
-    "width",
-    "num_inference_steps",
-    "max_sequence_length",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "num_iterations",
-    "num_logged_images",
-    "max_nonfinite_steps",
-    "window_interval",
-    "window_stride",
-    "window_min_interval",
-)
-_OPTIONAL_COUNTS = (
-    "sample_batch_size",
-    "decode_batch_size",
-    "replay_batch_size",
-    "eval_num_inference_steps",
-    "logging_images_steps",
-    "replay_top_k",
-)
-# Arguments that must be finite numbers greater than 0, and those that may also be None
-_POSITIVE = ("epsilon", "eta")
-_OPTIONAL_POSITIVE = ("epsilon_high", "advantage_clip", "shift", "reward_timeout")
-# Arguments that must be numbers in (0, 1]
-_SHARES = ("prefix_ratio", "suffix_ratio", "window_train_fraction")
 # Ends of names whose values are secrets, as of `token` and `api_key`, or may hold some
 _SECRETS = re.compile(
     r"(token|key|secret|password|credentials?|authorization|headers|cookies|proxies)$", re.IGNORECASE
 )
+# Optimizers that can only be built for the model, and their packages
+_OPTIMIZERS_OF_MODELS = {
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "lomo": "lomo_optim",
+    "adalomo": "lomo_optim",
+}
 _QUANTIZATION_KEYS = ("quant_backend", "quant_kwargs", "components_to_quantize")
 
 
@@ -90,7 +70,8 @@ class MixGRPOConfig(TrainingArguments):
         sde_type (`str`, defaults to `"flow"`):
             Kind of stochastic step inside the window: `"flow"`, `"dance"`, `"cps"` or `"dpm"`.
         eta (`float`, defaults to 0.7):
-            Amount of noise inside the window.
+            Amount of noise inside the window, in [0.01, 3]: below, float32 would lose the noise of small steps; above,
+            the first steps amplify deviations.
         ode_solver (`str`, defaults to `"euler"`):
             Solver outside the window: `"euler"`, `"dpmsolver++"` or `"unipc"`.
         solver_order (`int`, defaults to 2):
@@ -245,7 +226,8 @@ class MixGRPOConfig(TrainingArguments):
     > - `bf16` is on where the GPU supports it and `fp16` is off; `output_dir="mixgrpo"`.
 
     Raises:
-        `ValueError`: If a value is out of range or the batch sizes do not fit together.
+        `ValueError`: If a value, including those of [`~transformers.TrainingArguments`], has a wrong type or is out of
+            range, or if values do not fit together. The message names the argument.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
@@ -390,11 +372,20 @@ class MixGRPOConfig(TrainingArguments):
     offload_vae: bool = field(default=False, metadata={"help": "Keep the VAE on the CPU except while it decodes."})
 
     def __post_init__(self) -> None:
-        if self.window_size == "all":
+        if isinstance(self.window_size, str) and self.window_size == "all":
             self.window_size = -1
+        must_be.check_fields(self, config_rules(type(self)))  # type: ignore[arg-type]  # a class is hashable
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        # PyTorch's optimizers refuse a pair of an int and a float.
+        self.adam_beta1 = float(self.adam_beta1)
+        self.adam_beta2 = float(self.adam_beta2)
+        if isinstance(self.accelerator_config, dict):
+            known = [field.name for field in dataclasses.fields(AcceleratorConfig)]
+            must_be.check_names(self.accelerator_config, known, "a key of `accelerator_config`")
+        needs_metric = self.load_best_model_at_end or self.save_strategy == "best"
+        needs_metric = needs_metric or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        if needs_metric and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"  # the Trainer's own fallback, the loss, is meaningless here
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # each trained weight contributes to each velocity
@@ -402,13 +393,14 @@ class MixGRPOConfig(TrainingArguments):
         # With ZeRO-3 transformers would shard all models that are loaded from here on. But text encoders and rewards
         # run outside DeepSpeed's engine and stay whole, and the engine itself shards the transformer.
         unset_hf_deepspeed_config()
-        self._validate_ranges()
         self._validate_window()
-        MixedODESDEScheduler(**self.scheduler_arguments())  # checks `sde_type`, `eta`, `ode_solver`, ...
+        MixedODESDEScheduler(**self.scheduler_arguments())  # checks `eta` with `sde_type`, ...
         self.ode_cache_config()
         self._validate_combinations()
         self._validate_speed_and_memory()
         self._validate_batch_arithmetic()
+        if self.deepspeed is None:  # whose configuration may have its own
+            self._try_optimizer()
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MixGRPOConfig":
@@ -432,10 +424,11 @@ class MixGRPOConfig(TrainingArguments):
             overrides: Other arguments of [`MixGRPOConfig`], and those that should differ from the published ones.
 
         Raises:
-            `ValueError`: If there is no such preset.
+            `ValueError`: If there is no such preset, or no such argument.
         """
-        if name not in PRESETS:
-            raise ValueError(f"`name` must be one of {', '.join(map(repr, PRESETS))}, got {name!r}.")
+        must_be.check("name", name, must_be.choice(PRESETS))
+        fields = [field.name for field in dataclasses.fields(cls) if field.init]
+        must_be.check_names(overrides, fields, f"an argument of {cls.__name__}")
         return cls(**(PRESETS[name] | overrides))
 
     @property
@@ -515,12 +508,17 @@ class MixGRPOConfig(TrainingArguments):
                 f'{self.ode_cache!r}. For example {{"name": "TaylorSeerCacheConfig", "cache_interval": 2, '
                 '"disable_cache_before_step": 1, "use_lite_mode": true}.'
             )
+        cls = getattr(diffusers, settings["name"])
         try:
-            return getattr(diffusers, settings["name"])(**{k: v for k, v in settings.items() if k != "name"})
-        except TypeError as error:
+            cache = cls(**{name: value for name, value in settings.items() if name != "name"})
+            must_be.check_fields(cache, must_be.rules_of(cls))
+        except (TypeError, ValueError) as error:
             raise ValueError(
-                f"`ode_cache` must hold arguments of {settings['name']}, got {settings}: {error}."
+                f"`ode_cache` must hold arguments of {settings['name']}, got {must_be.shown(settings)}: {error}"
             ) from error
+        if getattr(cache, "cache_interval", 1) < 1:
+            raise ValueError(f"`ode_cache` must have a cache_interval of 1 or more, got {must_be.shown(settings)}.")
+        return cache
 
     # ---- Secrets: pickles (`training_args.bin`), logs and reports are shared, so they hold none ----
 
@@ -546,30 +544,8 @@ class MixGRPOConfig(TrainingArguments):
         other.__dict__.update(state)
         return other
 
-    def _validate_ranges(self) -> None:
-        _require_choice("multi_objective_aggregation", self.multi_objective_aggregation, AGGREGATIONS)
-        _require_choice("scale_rewards", self.scale_rewards, SCALINGS)
-        _require_choice("window_strategy", self.window_strategy, get_args(WindowStrategy))
-        for name in (*_COUNTS, *_OPTIONAL_COUNTS):
-            _require_count(name, getattr(self, name), 1, optional=name in _OPTIONAL_COUNTS)
-        _require_count("num_generations", self.num_generations, 2, why="advantages compare the images of one prompt")
-        _require_count("window_decay_start", self.window_decay_start, 0)
-        for name in (*_POSITIVE, *_OPTIONAL_POSITIVE):
-            value = getattr(self, name)
-            if not (name in _OPTIONAL_POSITIVE and value is None):
-                _require_number(name, value, "a finite number greater than 0", lambda x: 0 < x < math.inf)
-        for name in _SHARES:
-            _require_number(name, getattr(self, name), "in (0, 1]", lambda x: 0 < x <= 1)
-        for name in ("beta", "window_decay_rate"):
-            _require_number(name, getattr(self, name), "a finite number of 0 or more", lambda x: 0 <= x < math.inf)
-        _require_number("guidance_scale", self.guidance_scale, "a finite number", math.isfinite)
-        _require_number("max_reward_failure_rate", self.max_reward_failure_rate, "in [0, 1]", lambda x: 0 <= x <= 1)
-
     def _validate_window(self) -> None:
         last = self.num_inference_steps - 1
-        for name in ("window_start", "window_size"):
-            if not _is_integer(getattr(self, name)):
-                raise ValueError(f"`{name}` must be an integer, got {getattr(self, name)!r}.")
         size = last - self.window_start if self.window_size == -1 else self.window_size
         if self.window_start < 0 or size < 1 or self.window_start + size > last:
             raise ValueError(
@@ -597,33 +573,43 @@ class MixGRPOConfig(TrainingArguments):
                 f"`{name}` must be at its default with a KL term, since it leaves out forward passes that the KL term "
                 f"needs, got beta={self.beta}. Use beta=0, or leave out `{name}`."
             )
-        if self.remove_unused_columns:
-            raise ValueError(
-                "`remove_unused_columns` must be False, got True: it would remove 'prompt' and the columns that "
-                "reward functions need."
-            )
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "`auto_find_batch_size` must be False, got True: another batch size would break up the groups of "
-                "`num_generations` images. Set `sample_batch_size`, `decode_batch_size` and `replay_batch_size` "
-                "instead: they limit memory use without changing the result."
-            )
         for name in ("reuse_rollout_graph", "merge_lora"):
             if getattr(self, name) and self.sharding is not None:
                 raise ValueError(
                     f"`{name}` must be False with {self.sharding}, which gathers the weights anew for each forward "
                     "pass, got True. Leave it at its default, or train without sharding."
                 )
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("`fp16` must be False on a CPU, which has no kernels for it, got True. Use `bf16`.")
+        if self.dataloader_num_workers == 0:
+            for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+                if value := getattr(self, name):
+                    raise ValueError(
+                        f"`{name}` must be at its default with dataloader_num_workers=0, got {value!r}. Leave it out, "
+                        "or set `dataloader_num_workers` to 1 or more."
+                    )
+        if self.metric_for_best_model is not None and "reward" not in self.metric_for_best_model:
+            raise ValueError(
+                "`metric_for_best_model` must be a metric of the evaluation, which has no loss, got "
+                f"{self.metric_for_best_model!r}. Use 'reward', or 'rewards/<name>/mean' for one of several."
+            )
 
     def _validate_speed_and_memory(self) -> None:
-        backends = [backend.value for backend in AttentionBackendName]
         if self.attention_backend is not None:
-            name = self.attention_backend.lower() if isinstance(self.attention_backend, str) else None
-            if name not in backends:
+            try:
+                _check_attention_backend_requirements(AttentionBackendName(self.attention_backend.lower()))
+            except RuntimeError as error:
                 raise ValueError(
-                    f"`attention_backend` must be one of {', '.join(backends)}, or None, got "
-                    f"{self.attention_backend!r}."
-                )
+                    "`attention_backend` must be one whose package is installed, got "
+                    f"{self.attention_backend!r}: {error}"
+                ) from error
+        if isinstance(self.reward_init_kwargs, dict):
+            for name, kwargs in self.reward_init_kwargs.items():
+                if not isinstance(kwargs, dict):
+                    raise ValueError(
+                        "`reward_init_kwargs` must hold a dict for each reward, got "
+                        f'{must_be.shown(kwargs)} for {name!r}. For example {{"hpsv2": {{"version": "v2.0"}}}}.'
+                    )
         if self.quantization is not None:
             settings = self.quantization if isinstance(self.quantization, dict) else {}
             is_complete = settings.get("quant_backend") and settings.get("components_to_quantize")
@@ -632,30 +618,23 @@ class MixGRPOConfig(TrainingArguments):
                     "`quantization` must be a dict, or JSON of one, with 'quant_backend' and "
                     f"'components_to_quantize', and optionally 'quant_kwargs', got {self.quantization!r}."
                 )
-        if self.torch_compile:
-            raise ValueError(
-                "`torch_compile` must be False, got True: with several processes it would compile the model for "
-                "training and not for sampling, and their log-probs would differ by rounding. Use "
-                "compile_repeated_blocks=True."
-            )
 
     def _validate_batch_arithmetic(self) -> None:
         images = self.per_device_train_batch_size * self.steps_per_generation
         if images % self.num_generations:
             raise ValueError(
-                "An iteration samples per_device_train_batch_size * steps_per_generation = "
-                f"{self.per_device_train_batch_size} * {self.steps_per_generation} = {images} images per device, "
-                f"which is not a multiple of num_generations={self.num_generations}, the images of one prompt. A "
-                "prompt's images stay on one device: change one of the three numbers, for example "
-                f"num_generations={images if images > 1 else 2}."
+                "`num_generations` must divide the images of an iteration on a device, per_device_train_batch_size * "
+                f"steps_per_generation = {self.per_device_train_batch_size} * {self.steps_per_generation} = {images}, "
+                f"since a prompt's images stay on one device, got {self.num_generations}. Change one of the three "
+                f"numbers, for example num_generations={images if images > 1 else 2}."
             )
         if self.batches_per_iteration % self.gradient_accumulation_steps:
             raise ValueError(
-                f"An iteration has steps_per_generation * num_iterations = {self.steps_per_generation} * "
-                f"{self.num_iterations} = {self.batches_per_iteration} training batches, which is not a multiple of "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: an optimizer step would mix two "
-                f"iterations. Use gradient_accumulation_steps={self.batches_per_iteration} for one optimizer step per "
-                "iteration, or another divisor."
+                "`gradient_accumulation_steps` must divide the training batches of an iteration, steps_per_generation "
+                f"* num_iterations = {self.steps_per_generation} * {self.num_iterations} = "
+                f"{self.batches_per_iteration}, or an optimizer step would mix two iterations, got "
+                f"{self.gradient_accumulation_steps}. Use gradient_accumulation_steps={self.batches_per_iteration} "
+                "for one optimizer step per iteration, or another divisor."
             )
         if self.reuse_rollout_graph and self.batches_per_iteration > 1:
             raise ValueError(
@@ -667,9 +646,55 @@ class MixGRPOConfig(TrainingArguments):
         if self.max_steps > 0 and self.max_steps % steps:
             near = [count * steps for count in (self.max_steps // steps, self.max_steps // steps + 1) if count]
             raise ValueError(
-                f"`max_steps` must be a multiple of {steps}, the optimizer steps of an iteration, got "
-                f"{self.max_steps}. Use {' or '.join(map(str, near))}."
+                f"`max_steps` must be a multiple of {steps}, the optimizer steps of an iteration of "
+                f"steps_per_generation={self.steps_per_generation}, num_iterations={self.num_iterations} and "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}, got {self.max_steps}. Use "
+                f"{' or '.join(map(str, near))}."
             )
+
+    def _try_optimizer(self) -> None:
+        """Build the optimizer and its schedule for two numbers, and take a step, to find what cannot work."""
+        weights = torch.nn.Parameter(torch.ones(2))
+        optimizer: torch.optim.Optimizer = torch.optim.SGD([weights], lr=self.learning_rate)
+        try:
+            name = str(getattr(self.optim, "value", self.optim))
+            package = next((value for key, value in _OPTIMIZERS_OF_MODELS.items() if name.startswith(key)), None)
+            if package is not None:
+                importlib.import_module(package)
+            else:
+                optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(self)
+                optimizer = optimizer_class([weights], **kwargs)
+        except Exception as error:
+            raise ValueError(
+                "`optim` must be an installed optimizer that takes the `optim_args`, got "
+                f"{name!r} with optim_args={self.optim_args!r}: {error}. Change one of them."
+            ) from error
+        steps = max(self.max_steps, 10)
+        try:
+            schedule = get_scheduler(
+                self.lr_scheduler_type,
+                optimizer,
+                num_warmup_steps=self.get_warmup_steps(steps),
+                num_training_steps=steps,
+                scheduler_specific_kwargs=self.lr_scheduler_kwargs or None,  # type: ignore[arg-type]  # parsed
+            )
+            factors = [factor(step) for factor in getattr(schedule, "lr_lambdas", []) for step in (0, 1, steps // 2)]
+            if not all(map(math.isfinite, factors)):
+                raise ValueError("the learning rate would not be finite")
+        except Exception as error:
+            raise ValueError(
+                "`lr_scheduler_kwargs` must hold what the `lr_scheduler_type` needs, got "
+                f"{must_be.shown(self.lr_scheduler_kwargs)} for {self.lr_scheduler_type!s}: {error}. Change it."
+            ) from error
+        if type(optimizer).__module__.startswith("torch.optim"):  # others may need a GPU
+            # A LoRA begins with gradients of 0.
+            weights.grad = torch.tensor([0.0, 1.0])
+            optimizer.step()
+            if not weights.isfinite().all():
+                raise ValueError(
+                    "`optim_args`, `learning_rate` and `weight_decay` must leave the weights finite, got "
+                    f"{self.optim_args!r}, {self.learning_rate} and {self.weight_decay}. Choose smaller values."
+                )
 
 
 def without_secrets(value: Any, is_secret: bool = False) -> Any:
@@ -682,27 +707,3 @@ def without_secrets(value: Any, is_secret: bool = False) -> Any:
     if type(value) in (list, tuple):
         return type(value)(without_secrets(item, is_secret) for item in value)
     return None if is_secret and isinstance(value, str | bytes) else value
-
-
-def _require_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
-
-
-def _require_count(name: str, value: object, low: int, optional: bool = False, why: str = "") -> None:
-    if optional and value is None:
-        return
-    if not _is_integer(value) or value < low:  # type: ignore[operator]  # an integer
-        legal = f"an integer of {low} or more" + (", or None" if optional else "")
-        reason = f": {why}" if why else ""
-        raise ValueError(f"`{name}` must be {legal}, got {value!r}{reason}.")
-
-
-def _require_number(name: str, value: object, legal: str, is_legal: Callable[[float], bool]) -> None:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not is_legal(float(value)):  # type: ignore[arg-type]  # a number
-        raise ValueError(f"`{name}` must be {legal}, got {value!r}.")
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -24,12 +24,58 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .argument_rules import SWITCH, any_of, check, choice, integer, number, only, optional
 from .core.transitions import SDE_TYPES, SDEType, Transitions, gaussian_log_prob, predict_x0, sde_transition
 
 
 ODESolver = Literal["euler", "dpmsolver++", "unipc"]
 SolverType = Literal["midpoint", "heun"]
 Generators = torch.Generator | list[torch.Generator]
+
+LEAST_STD = 2.0**-23
+"""
+Least standard deviation of a stochastic step. Float32 rounds a latent of size 1 by up to half of this, so that with
+less the difference between a sample and its mean, which the log-prob is made of, would be rounding.
+"""
+LEAST_ETA = 0.01
+"""
+Least `eta`. Over schedules of 1,000 steps or fewer, a step's std is at least about `1e-4 * eta` (`flow` and `cps`, at
+the end of the schedule), which is then above `LEAST_STD`. The schedule that is set is checked against that itself.
+"""
+MOST_ETA = 3.0
+"""
+Most `eta`. Each of the first `flow` steps multiplies a deviation by up to `|1 - eta**2 / 2|`: by 3.5 here, and by 49
+with an `eta` of 10, which drives latents out of all bounds.
+"""
+
+_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+# The shift that `mu` stands for is its exponential.
+_MU = optional(number(-2.3, 4.6))
+
+SCHEDULER_RULES = {
+    "num_train_timesteps": integer(2, 10_000),
+    "shift": number(0.1, 100),
+    "use_dynamic_shifting": SWITCH,
+    "base_shift": _MU,
+    "max_shift": _MU,
+    "base_image_seq_len": integer(1),
+    "max_image_seq_len": integer(1),
+    "invert_sigmas": only(False, "it has no part in an ODE step"),
+    "shift_terminal": optional(number(0, 0.99)),
+    **dict.fromkeys(_SPACINGS, SWITCH),
+    "time_shift_type": choice(["exponential", "linear"]),
+    "stochastic_sampling": only(False, "it has no part in an ODE step"),
+    "sde_type": choice(SDE_TYPES),
+    "eta": number(LEAST_ETA, MOST_ETA),
+    "window_start": integer(0),
+    "window_size": any_of(integer(0), choice(["all"])),
+    "ode_solver": choice(get_args(ODESolver)),
+    "solver_order": integer(1, 3),
+    "solver_type": choice(get_args(SolverType)),
+    "suffix_ratio": number(0, 1, above=True),
+    "prefix_ratio": number(0, 1, above=True),
+}
+"""What each argument of [`MixedODESDEScheduler`] must be."""
 
 
 @dataclass
@@ -81,7 +127,7 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
             The transition inside the window: `"flow"`, `"dance"`, `"cps"` or `"dpm"`; see
             [`~core.transitions.sde_transition`].
         eta (`float`, defaults to 0.7):
-            Amount of noise inside the window, > 0; for `cps` at most 1; `dpm` ignores it.
+            Amount of noise inside the window, in [0.01, 3]; for `cps` at most 1; `dpm` ignores it.
         window_start (`int`, defaults to 0):
             First stochastic step.
         window_size (`int` or `"all"`, defaults to 4):
@@ -136,6 +182,7 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         suffix_ratio: float = 1.0,
         prefix_ratio: float = 1.0,
     ):
+        self._check_config()
         # All arguments by name: diffusers then leaves the record of which values are defaults to the outer `__init__`.
         super().__init__(
             num_train_timesteps=num_train_timesteps,
@@ -153,7 +200,6 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
             time_shift_type=time_shift_type,
             stochastic_sampling=stochastic_sampling,
         )
-        self._check_config()
         self.num_inference_steps = None
         self.generator: Generators | None = None
         self._window = range(0)
@@ -268,6 +314,7 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         if prefix < start or suffix < total - stop:
             self._compress(start, stop, prefix, suffix)
         self._window = range(prefix, prefix + stop - start)
+        self._check_sigmas(mu)
 
         # 3. Begin a new record and a new solver history
         self._window_log_probs = []
@@ -475,24 +522,46 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
 
     def _check_config(self) -> None:
         config = self.config
-        _check_choice("sde_type", config.sde_type, SDE_TYPES)
-        _check_choice("ode_solver", config.ode_solver, get_args(ODESolver))
-        _check_choice("solver_type", config.solver_type, get_args(SolverType))
-        _check_choice("solver_order", config.solver_order, (1, 2, 3))
-        _check_window(config.window_start, config.window_size)
-        most = 1 if config.sde_type == "cps" else math.inf
-        if not 0 < config.eta <= most or math.isinf(config.eta):
-            legal = "in (0, 1] for `sde_type='cps'`" if config.sde_type == "cps" else "finite and > 0"
-            raise ValueError(f"`eta` must be {legal}, got {config.eta!r}.")
-        for name in ("invert_sigmas", "stochastic_sampling"):
-            if config[name]:
-                raise ValueError(f"`{name}` must be False, got {config[name]!r}: it has no part in an ODE step.")
-        for name in ("prefix_ratio", "suffix_ratio"):
-            if not 0 < config[name] <= 1:
-                raise ValueError(f"`{name}` must be in (0, 1], got {config[name]!r}.")
-        for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
-            if config[name] and min(config.prefix_ratio, config.suffix_ratio) < 1:
+        for name, rule in SCHEDULER_RULES.items():
+            check(name, config[name], rule)
+        if config.sde_type == "cps" and config.eta > 1:
+            raise ValueError(f"`eta` must be in [{LEAST_ETA}, 1] for `sde_type='cps'`, got {config.eta!r}.")
+        if config.max_image_seq_len <= config.base_image_seq_len:
+            raise ValueError(
+                f"`max_image_seq_len` must be more than base_image_seq_len={config.base_image_seq_len}, since a "
+                f"pipeline interpolates between the two, got {config.max_image_seq_len}."
+            )
+        spacings = [name for name in _SPACINGS if config[name]]
+        if len(spacings) > 1:
+            raise ValueError(f"`{spacings[1]}` must be False with {spacings[0]}=True, got True. Choose one of them.")
+        for name in spacings:
+            if min(config.prefix_ratio, config.suffix_ratio) < 1:
                 raise ValueError(f"`{name}` must be False with `prefix_ratio` or `suffix_ratio` below 1, got True.")
+
+    def _check_sigmas(self, mu: float | None) -> None:
+        """Check that no step is too small for float32. On the host."""
+        sigmas, window = self.sigmas, slice(self._window.start, self._window.stop)
+        now, after = sigmas[:-1], sigmas[1:]
+        is_legal = sigmas.isfinite().all()
+        if self.config.ode_solver != "euler":
+            is_legal &= (now > after).all()  # a multistep solver divides by the step
+        if self._window:
+            zeros = torch.zeros_like(now[window])
+            _, std = sde_transition(
+                self.config.sde_type, zeros, zeros, now[window], after[window], self.config.eta, sigmas[1]
+            )
+            is_legal &= (std >= LEAST_STD).all()
+        if is_legal:
+            return
+        steps = self.num_inference_steps
+        self.num_inference_steps = None  # the schedule is not set
+        names = ("eta", "shift", "use_dynamic_shifting", "shift_terminal", "num_train_timesteps", *_SPACINGS)
+        arguments = {"num_inference_steps": steps, "mu": mu} | {name: self.config[name] for name in names}
+        raise ValueError(
+            f"`sigmas` must be finite, and fall in each step by enough for a noise of {LEAST_STD:.1g} or more in the "
+            f"window, got {sigmas.tolist()[:8]}... from {', '.join(f'{k}={v!r}' for k, v in arguments.items())}. Take "
+            "fewer steps, a shift closer to 1, or a larger `eta`."
+        )
 
     def _check_step_index(self, step_index: int | Tensor) -> None:
         last = len(self.sigmas) - 3
@@ -551,19 +620,11 @@ def _resolve_window(total: int, start: int, size: int | str) -> tuple[int, int]:
     return start, start + int(size)
 
 
-def _check_choice(name: str, value: object, legal: Sequence) -> None:
-    if value not in legal or isinstance(value, bool):
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
-
-
 def _check_window(start: int, size: int | str) -> None:
-    for name, value in (("window_start", start), ("window_size", size)):
-        legal = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 0
-        if not legal and (name, value) != ("window_size", "all"):
-            choice = ' or "all"' if name == "window_size" else ""
-            raise ValueError(f"`{name}` must be an integer >= 0{choice}, got {value!r}.")
+    check("window_start", start, SCHEDULER_RULES["window_start"])
+    check("window_size", size, SCHEDULER_RULES["window_size"])
 
 
 def _compressed_length(ratio: float, steps: int) -> int:
     """`ceil(ratio * steps)`; the rounding keeps 0.28 * 25, which is 7.000000000000001, from becoming 8."""
-    return math.ceil(round(ratio * steps, 9))
+    return max(min(1, steps), math.ceil(round(ratio * steps, 9)))

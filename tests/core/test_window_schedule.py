@@ -184,6 +184,7 @@ def test_schedule_is_a_value():
         ({"strategy": "progressive", "start": 3}, r"`start` must be an integer in \[0, 0\], got 3"),
         ({"decay_rate": -0.1}, "`decay_rate` must be a finite number >= 0, got -0.1"),
         ({"decay_rate": math.nan}, "`decay_rate` must be a finite number >= 0, got nan"),
+        ({"decay_rate": "0.1"}, "`decay_rate` must be a finite number >= 0, got '0.1'"),
         ({"decay_start": -1}, "`decay_start` must be an integer >= 0, got -1"),
         ({"window_size": True}, "`window_size` must be an integer .*, got True"),
         ({"strategy": "linear_decay", "min_interval": 0}, r"`min_interval` must be an integer in \[1, 25\], got 0"),
@@ -196,6 +197,11 @@ def test_schedule_is_a_value():
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         WindowSchedule(**arguments)
+
+
+def test_a_decay_that_underflows_leaves_one_iteration():
+    schedule = WindowSchedule("exp_decay", num_inference_steps=8, decay_rate=1e4, decay_start=0, window_interval=3)
+    assert schedule.stays == ((0, 3), (1, 1), (2, 1), (3, 1))
 
 
 def test_bad_iteration():

@@ -137,6 +137,37 @@ def test_mistakes_are_named(main, workplace, pipeline_folder, flags, message):
     assert not (workplace / "out" / "summary.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "yaml", "message"),
+    [
+        ("--lora_rank -1", "", "`lora_rank` must be an integer of 0 or more, got -1"),
+        ("", "lora_rank: 4.5", "`lora_rank` must be an integer of 0 or more, got 4.5"),
+        ("--lora_alpha 0", "", "`lora_alpha` must be an integer of 1 or more, got 0"),
+        ("--num_eval_prompts -3", "", "`num_eval_prompts` must be an integer of 0 or more, or None, got -3"),
+        ("", "dry_run: 1", "`dry_run` must be True or False, got 1"),
+        ("", "num_generation: 4", "`num_generation` must be an argument, got .* Did you mean `num_generations`?"),
+        ("--num_generation 4", "", "`num_generation` must be an argument, got .* Did you mean `num_generations`?"),
+        ("--num_gen=4", "", "`num_gen` must be an argument"),
+        ("", "shared_noise: 2", "`shared_noise` must be True or False, got 2"),
+        ("--config gone.yaml", None, "`config` must be a file, got 'gone.yaml'"),
+        ("--config", None, "`config` must be a file, got ''"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named_before_anything_is_loaded(main, tmp_path, flags, yaml, message):
+    if yaml is not None:
+        (tmp_path / "run.yaml").write_text(f"{yaml}\nuse_cpu: true\n")
+        flags += " --config run.yaml"
+    with pytest.raises(ValueError, match=message):
+        main(tmp_path, f"--pretrained_model_name_or_path gone {flags}")
+
+
+def test_both_forms_of_a_flag(main, workplace, pipeline_folder, capsys):
+    (workplace / "run.yaml").write_text("env: {MY_VARIABLE: '1'}\nnum_eval_prompts: 0\n")
+    flags = "--reward_funcs my_rewards:redness --dataset_name prompts.txt --dry-run --no_shared_noise --eta=0.5"
+    main(workplace, f"--config=run.yaml --pretrained_model_name_or_path={pipeline_folder} {SMALL} {flags}")
+    assert "8 images of 2 prompts per device" in capsys.readouterr().out
+
+
 def test_a_dry_run_reports_and_stops(main, workplace, pipeline_folder, capsys):
     flags = "--reward_funcs my_rewards:redness --dataset_name prompts.txt --num_eval_prompts 0 --dry_run"
     main(workplace, f"--pretrained_model_name_or_path {pipeline_folder} --output_dir out {SMALL} {flags}")

@@ -80,8 +80,9 @@ def sde_transition(
     if sde_type in ("flow", "dance"):
         dt = sigma_next - sigma
         if sde_type == "flow":
-            # Not a Python `if`: a test of a device tensor would make the host wait for the device.
-            s_squared = eta**2 * sigma / (1 - torch.where(sigma >= 1, sigma_max, sigma))
+            # Not a Python `if`: a test of a device tensor would make the host wait for the device. A static shift of
+            # 0.1 or more rounds the first noise level to at most 2^-18 below 1.
+            s_squared = eta**2 * sigma / (1 - torch.where(sigma >= 1 - 2**-18, sigma_max, sigma))
         else:
             s_squared = torch.full_like(sigma, eta**2)
         drift = v + s_squared / (2 * sigma) * predict_noise(v, x, sigma)

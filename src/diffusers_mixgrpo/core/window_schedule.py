@@ -1,6 +1,7 @@
 """Which denoising steps are stochastic, and trained, at a given training iteration."""
 
 import math
+import numbers
 import random
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ class WindowSchedule:
         _check_int("window_stride", self.window_stride, 1)
         _check_int("start", self.start, 0, self.last_start if self.strategy == "frozen" else 0)
         _check_int("decay_start", self.decay_start, 0)
-        if not 0 <= self.decay_rate < math.inf:
+        is_number = isinstance(self.decay_rate, numbers.Real) and not isinstance(self.decay_rate, bool)
+        if not is_number or not 0 <= self.decay_rate < math.inf:
             raise ValueError(f"`decay_rate` must be a finite number >= 0, got {self.decay_rate!r}.")
         if self.strategy == "linear_decay":
             _check_int("min_interval", self.min_interval, 1, self.window_interval)
@@ -132,7 +134,8 @@ class WindowSchedule:
 
     def _stay(self, start: int) -> int:
         if self.strategy == "exp_decay":
-            return math.ceil(self.window_interval * math.exp(-self.decay_rate * max(0, start - self.decay_start)))
+            decay = math.exp(-self.decay_rate * max(0, start - self.decay_start))
+            return max(1, math.ceil(self.window_interval * decay))  # 1 also where the exponential underflows to 0
         if self.strategy == "linear_decay":
             # In integers, rounding halves up: a stay must not depend on how a platform rounds floats.
             whole = max(1, self.last_start)

@@ -1,0 +1,36 @@
+"""The command line of a training script, on which unknown names are errors that give the nearest known one."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from trl import TrlParser
+
+from diffusers_mixgrpo import argument_rules as must_be
+
+
+def parse(argv: list[str], *dataclasses: type) -> tuple[Any, ...]:
+    """
+    Dataclasses from flags, and from the YAML file that is passed with `--config`.
+
+    Args:
+        argv (`list[str]`): The flags, as `--name value` or `--name=value`.
+        dataclasses (`type`): The dataclasses whose fields are the flags.
+
+    Raises:
+        `ValueError`: For a name that is no field, in the flags or in the file, or a value that cannot work.
+    """
+    argv = [part for argument in argv for part in (argument.split("=", 1) if argument[:2] == "--" else [argument])]
+    names = [argument[2:].replace("-", "_") for argument in argv if argument[:2] == "--"]
+    if "--config" in argv:
+        import yaml
+
+        file = "".join(argv[argv.index("--config") + 1 :][:1])
+        must_be.check("config", file, must_be.FILE, "Pass a YAML file.")
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        must_be.check("config", settings, must_be.MAPPING, f"Write `name: value` on the lines of {file}.")
+        names += settings
+    known = {field.name for dataclass in dataclasses for field in fields(dataclass)} | {"config", "env", "help"}
+    must_be.check_names([name for name in names if name.removeprefix("no_") not in known], known, "an argument")
+    # An abbreviation could be of a longer name than was meant.
+    return TrlParser(dataclasses, allow_abbrev=False).parse_args_and_config(argv)
