@@ -139,7 +139,7 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
         neftune_noise_alpha=only(None, no_tokens),
         include_num_input_tokens_seen=must_be.any_of(only(False, no_tokens), must_be.choice(["no"])),
         label_smoothing_factor=must_be.Rule("0, since the model has no labels", number(0, 0).holds),
-        enable_jit_checkpoint=only(False, "a checkpoint is saved on SIGTERM already, with the images of its iteration"),
+        enable_jit_checkpoint=only(False, "a checkpoint is saved on SIGTERM already, and is exact"),
         # Reports and processes
         report_to=_reports(),
         log_level=must_be.choice(trainer_log_levels),

@@ -231,6 +231,27 @@ def test_killed_at_each_point_of_a_save(tmp_path):
         assert {point["found"] for point in points} >= {4}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_killed_at_each_point_of_a_save(tmp_path, rank):
+    """One launch for each point, until one is not killed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    for at in itertools.count():
+        output = tmp_path / str(at)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+        killing = {"KILLED_RANK": str(rank), "KILLED_AT": str(at)}
+        done = subprocess.run([*command, str(output)], env=environment | killing, capture_output=True, timeout=120)
+        clean_up(output)
+        found = Path(find_checkpoint(True, output))
+        assert contents(found)["trainer_state.json"] in ([2, 4] if done.returncode else [4])
+        assert "optimizer.pt" in contents(found) and "pytorch_lora_weights.safetensors" in contents(found)
+        if found.name == "checkpoint-4":  # whole also in what the second process wrote
+            assert {"rng_state_0.pth", "rng_state_1.pth"} <= contents(found).keys()
+        if done.returncode == 0:
+            break
+    assert at > (15 if rank == 0 else 2)
+
+
 def contents(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint's files hold, without what depends on the time or a random order."""
     found: dict[str, Any] = {}
@@ -239,7 +260,7 @@ def contents(checkpoint: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             found[name] = load_file(path)
         elif path.suffix in (".pt", ".pth"):
-            found[name] = torch.load(path, weights_only=name != "rng_state.pth")
+            found[name] = torch.load(path, weights_only=not name.startswith("rng_state"))
         elif path.name == "trainer_state.json":
             found[name] = json.loads(path.read_text())["global_step"]
     return found
@@ -295,6 +316,21 @@ class Killer:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def one_of_two_processes(output: Path) -> None:
+    """A run with saves after 2 and 4 steps; the given rank is killed at the given point of the second."""
+    trainer = make_trainer(output, save_strategy="steps", save_steps=2, save_total_limit=1)
+    save = trainer._save_checkpoint
+
+    def save_and_be_killed(model, trial):
+        if trainer.state.global_step == 4 and os.environ["RANK"] == os.environ["KILLED_RANK"]:
+            Killer(int(os.environ["KILLED_AT"]), output, output.with_suffix(".killed")).install()
+        save(model, trial)
+
+    trainer._save_checkpoint = save_and_be_killed
+    trainer.train()
+    os._exit(0)  # without the files of an ordered end, where the hook would kill
+
+
 def main(folder: Path) -> None:
     results = {}
     for lora, was_replacing in ((True, False), (False, False), (True, True)):
@@ -343,4 +379,4 @@ def kill_at_each_point(folder: Path, lora: bool, was_replacing: bool) -> list[di
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (one_of_two_processes if "RANK" in os.environ else main)(Path(sys.argv[1]))
