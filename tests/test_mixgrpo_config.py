@@ -90,6 +90,7 @@ COUNTS = (
     "steps_per_generation",
     "num_iterations",
     "num_logged_images",
+    "max_nonfinite_steps",
     "window_interval",
     "window_stride",
     "window_min_interval",
