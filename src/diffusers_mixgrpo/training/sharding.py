@@ -53,7 +53,8 @@ def use_autocast_in_deepspeed(settings: MixGRPOConfig) -> None:
     DeepSpeed keeps bfloat16 weights, and float32 copies of the trained ones in its optimizer. By itself it runs the
     model without autocast, even inside one, so that the float32 states of the sampler would not fit the weights.
     """
-    config = settings.deepspeed_plugin.deepspeed_config if settings.sharding == "DeepSpeed" else {}
+    plugin = settings.deepspeed_plugin
+    config = {} if plugin is None else plugin.deepspeed_config
     if config.get("bf16", {}).get("enabled"):
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
