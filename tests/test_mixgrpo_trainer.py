@@ -290,6 +290,16 @@ def test_one_progress_bar_with_the_reward(make, capfd):
     assert "4/4" in last and "reward=" in last and "window=" in last
 
 
+def test_a_full_disk_costs_a_grid_and_not_the_run(make, tmp_path, caplog):
+    images = tmp_path / "output" / "images"
+    images.mkdir(parents=True)
+    (images / "step_000000.png").symlink_to("/dev/full")
+    trainer = make(logging_images_steps=2, train_dataset=PROMPTS)
+    trainer.train()
+    assert trainer.state.global_step == 4 and "step_000000.png could not be written" in caplog.text
+    assert (images / "step_000002.png").exists()
+
+
 # ---- Saving ----
 
 
@@ -501,6 +511,63 @@ def test_an_interruption_loses_nothing_either(make, tmp_path):
     trainer.remove_callback(Interrupt)
     trainer.train()  # and the interrupted trainer is still good
     assert trainer.state.global_step == 4
+
+
+# ---- Several runs ----
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_interrupted_and_trained_again(tmp_path, at, caplog):
+    """Before its first update the trainer is as new; afterwards it says what it goes on with."""
+    calls = []
+
+    def interrupt(prompts, images, **columns):
+        calls.append(len(images))
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return redness(prompts, images)
+
+    trainer = make_trainer(tmp_path / "a", rewards=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    caplog.clear()
+    trainer.train()
+    assert trainer.state.global_step == 4
+    straight = make_trainer(tmp_path / "b")
+    straight.train()
+    warned = "has trained for 2 steps already" in caplog.text
+    assert warned == (at == 3)
+    if at == 2:
+        assert_same(trained(trainer), trained(straight))
+
+
+def test_two_trainers_on_two_pipelines(tmp_path):
+    """Made at once and run one after the other, they do what each does alone."""
+    changes = {
+        "per_device_train_batch_size": 2,
+        "steps_per_generation": 4,
+        "gradient_accumulation_steps": 2,
+        "seed": 3,
+    }
+    alone = make_trainer(tmp_path / "a")
+    alone.train()
+    alone_too = make_trainer(tmp_path / "b", **changes)
+    alone_too.train()
+    first = make_trainer(tmp_path / "c")
+    second = make_trainer(tmp_path / "d", **changes)
+    first.train()
+    second.train()
+    assert_same(trained(first), trained(alone))
+    assert_same(trained(second), trained(alone_too))
+
+
+def test_two_trainers_on_one_pipeline(make, tiny_pipe):
+    first = make(pipe=tiny_pipe, lora=False)
+    second = make(pipe=tiny_pipe)
+    with pytest.raises(ValueError, match=r"must have the active LoRAs \[\] .* got \['default'\]"):
+        first.train()
+    second.train()
+    assert second.state.global_step == 4
 
 
 # ---- Rewards ----

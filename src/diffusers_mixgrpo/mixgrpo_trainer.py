@@ -42,7 +42,7 @@ from .training.nonfinite import NonFiniteError, NonFiniteSteps, finite_gradient,
 from .training.plan import IterationPlan, PromptDataset, PromptSampler, Row, prompts_of_run
 from .training.preflight import preflight
 from .training.preflight_report import PreflightReport
-from .training.sharding import check_launch
+from .training.sharding import check_launch, use_autocast_in_deepspeed
 
 
 logger = logging.get_logger(__name__)
@@ -155,6 +155,7 @@ class MixGRPOTrainer(Trainer):
         rename_gradient_checkpointing(self.pipe.transformer)
 
         # 4. Everything else is the Trainer's
+        use_autocast_in_deepspeed(args)
         super().__init__(
             model=self.pipe.transformer,
             args=args,

@@ -254,3 +254,32 @@ def test_the_vae_comes_for_each_decoding_and_leaves(make, tiny_pipe, monkeypatch
     with pytest.raises(ZeroDivisionError):
         rollout(trainer)
     assert events == ["cpu:0", "cpu"]
+
+
+# ---- Pipelines that cannot be prepared ----
+
+
+@pytest.mark.parametrize(
+    "part", ["vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler"]
+)
+def test_a_pipeline_without_a_part(make, tiny_pipe, part):
+    setattr(tiny_pipe, part, None)
+    with pytest.raises(ValueError, match=f"`model` must be a pipeline with all of its parts, got None as its {part}"):
+        make()
+
+
+@pytest.mark.parametrize("kind", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_cpu_offload(make, tiny_pipe, kind):
+    getattr(tiny_pipe, kind)(device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"without CPU offload.*Call `pipe.remove_all_hooks\(\)` first"):
+        make()
+    tiny_pipe.remove_all_hooks()
+    trainer = make(max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_group_offload(make, tiny_pipe):
+    tiny_pipe.transformer.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(ValueError, match="without CPU offload, got group offloading.*Load the pipeline again"):
+        make()

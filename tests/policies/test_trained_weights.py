@@ -1,11 +1,14 @@
 """Trained weights on disk: diffusers' files, and back into a pipeline in training."""
 
+import contextlib
 import copy
+import os
+import pickle
 
 import pytest
 import torch
 from diffusers import FluxPipeline
-from helpers import small_config
+from helpers import make_trainer, small_config
 from peft import LoraConfig
 
 from diffusers_mixgrpo.policies.flux import FluxPolicy
@@ -103,3 +106,45 @@ def test_a_lora_of_another_rank(prepare, tmp_path):
     other, weights = prepare(rank=2)
     with pytest.raises(ValueError, match="has other layers or another rank than this trainer's"):
         load_trained_weights(other, str(tmp_path / "saved"), weights)
+
+
+# ---- Files that would run code ----
+
+
+class Malicious:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_checkpoint_runs_no_code(tmp_path, make, lora):
+    trainer = make(lora=lora, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    checkpoint = tmp_path / "output" / "checkpoint-2"
+    weights = checkpoint if lora else checkpoint / "transformer"
+    (name,) = [path.name for path in weights.glob("*.safetensors")]
+    marker = tmp_path / "marker"
+    pickle.loads(pickle.dumps(Malicious(marker)))
+    assert marker.is_dir()  # so that this test can fail
+    marker.rmdir()
+    for file in [*(checkpoint / name for name in FILES), weights / name.replace("safetensors", "bin"), weights / name]:
+        original = file.read_bytes() if file.exists() else None
+        if file.suffix == ".bin" and original is None:
+            (weights / name).rename(weights / "aside")  # or the other file would not be looked at
+        torch.save({"a": Malicious(marker)}, file)
+        with pytest.raises(Exception) if file.name != "training_args.bin" else contextlib.nullcontext():
+            make_trainer(tmp_path / "output", lora=lora, max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+        assert not marker.exists(), file
+        if (weights / "aside").exists():
+            (weights / "aside").rename(weights / name)
+            file.unlink()
+        else:
+            file.write_bytes(original)

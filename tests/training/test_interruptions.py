@@ -38,9 +38,13 @@ def test_signals_wait_while_they_are_held():
         with pytest.raises(SystemExit):
             interruptions.release()
         interruptions.release()  # once is enough
+        interruptions.hold()
+        send(signal.SIGTERM)
         with interruptions.dropped():
+            interruptions.release()  # as saving does
             send(signal.SIGINT)
             send(signal.SIGTERM)
+            interruptions.release()
         interruptions.release()
 
 

@@ -185,6 +185,14 @@ class Engine:
     def trained_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.policy.transformer.parameters() if parameter.requires_grad]
 
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """The precision of all forward passes: the ratio starts at 1 only if sampling and training share it."""
+        accelerator = self.accelerator
+        if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision == "bf16":
+            # accelerate leaves it to DeepSpeed, which does not see the passes before training and of the reference.
+            return torch.autocast(accelerator.device.type, torch.bfloat16)
+        return accelerator.autocast()
+
     # ---- 1. Plan ----
 
     def plan(self, iteration: int, rows: Sequence[Row]) -> IterationPlan:
@@ -224,7 +232,7 @@ class Engine:
             outside_window=self._accelerated_ode,
         )
         while True:
-            with self.timer.phase("sampling"), self.accelerator.autocast():
+            with self.timer.phase("sampling"), self.autocast():
                 trajectory = next(batches, None)
             if trajectory is None:
                 return
@@ -259,7 +267,7 @@ class Engine:
         images, steps = trajectory.transition_indices(plan.steps.to(means.device, non_blocking=True))
         # As many as in sampling, which needs no gradient either: so they fit
         size = self.settings.replay_batch_size or self.settings.sample_batch_size or len(trajectory)
-        with self.timer.phase("sampling"), self.accelerator.autocast(), self._reference(transformer) as reference:
+        with self.timer.phase("sampling"), self.autocast(), self._reference(transformer) as reference:
             for start in range(0, len(images), size):
                 chosen = images[start : start + size], steps[start : start + size]
                 means[chosen] = trajectory.replay(self.policy, *chosen, transformer=reference).means
@@ -510,7 +518,7 @@ class Engine:
         if settings.reuse_rollout_graph:
             new_log_probs = trajectory.log_probs[images, steps]
             return clipped_objective(new_log_probs, old_log_probs, advantages, settings.epsilon, settings.epsilon_high)
-        with self.accelerator.autocast():
+        with self.autocast():
             replay = trajectory.replay(self.policy, images, steps, transformer)
         objective = clipped_objective(
             replay.log_probs, old_log_probs, advantages, settings.epsilon, settings.epsilon_high
@@ -598,7 +606,7 @@ class Engine:
         for start in range(0, len(prompts), size):
             conditioning = self.encode(prompts[start : start + size])
             latents = policy.initial_latents(seeds[start : start + size])
-            with self.accelerator.autocast():
+            with self.autocast():
                 trajectory = sample_trajectories(policy, scheduler, conditioning, latents, transformer=transformer)
             images += self.decode(trajectory.latents, settings.decode_batch_size)
         return images

@@ -26,6 +26,7 @@ class Interruptions:
     def __init__(self) -> None:
         self._received: int | None = None
         self._is_holding = False
+        self._is_dropping = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruptions":
@@ -56,12 +57,13 @@ class Interruptions:
 
     @contextlib.contextmanager
     def dropped(self) -> Iterator[None]:
-        """A context in which signals have no effect: the program is stopping already, and saves."""
-        self.hold()
+        """A context in which signals have no effect, kept ones either: the program is stopping already, and saves."""
+        self._received = None
+        self._is_dropping = True
         try:
             yield
         finally:
-            self._received = None
+            self._is_dropping = False
             self._is_holding = False
 
     @property
@@ -70,6 +72,8 @@ class Interruptions:
         return self._received is not None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._is_dropping:
+            return
         if self._is_holding:
             self._received = number
         else:

@@ -212,7 +212,7 @@ def _warm_up(engine: Engine, plan: IterationPlan) -> None:
     scheduler = MixedODESDEScheduler.from_config(engine.scheduler.config)
     policy.prepare_scheduler(scheduler)
     latents = policy.initial_latents([0]).float()
-    with engine.accelerator.autocast():
+    with engine.autocast():
         policy.velocity(latents, scheduler.timesteps[:1], engine.encode(plan.prompts[:1]))
     engine.decode(latents, None)
 
@@ -333,7 +333,7 @@ def _replay(engine: Engine, trajectory: Trajectory, images: Tensor, steps: Tenso
         trajectory = trajectory.with_conditioning(trajectory.conditioning.to(torch.float32))
         precision: contextlib.AbstractContextManager = torch.autocast(images.device.type, enabled=False)
     else:
-        precision = engine.accelerator.autocast()
+        precision = engine.autocast()
     with precision:
         return trajectory.replay(engine.policy, images, steps).log_probs
 

@@ -17,7 +17,7 @@ def check_launch(settings: MixGRPOConfig) -> None:
 
     Raises:
         `ValueError`: If there are several processes that would not train together, if FSDP or DeepSpeed would be left
-            out, for FSDP1, and for half precision with DeepSpeed.
+            out, for FSDP1, and for float16 with DeepSpeed.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and settings.world_size == 1:
@@ -40,12 +40,24 @@ def check_launch(settings: MixGRPOConfig) -> None:
             "`use_cpu` must be False with DeepSpeed, got True: accelerate would train without DeepSpeed. For DeepSpeed"
             " on a CPU set the environment variable DS_ACCELERATOR=cpu and `ddp_backend='gloo'`."
         )
-    if settings.sharding == "DeepSpeed" and (settings.bf16 or settings.fp16):
-        name = "bf16" if settings.bf16 else "fp16"
+    if settings.sharding == "DeepSpeed" and settings.fp16:
         raise ValueError(
-            f"`{name}` must be False with DeepSpeed, got True: DeepSpeed casts the weights instead of using autocast, "
-            f"and the float32 states of the sampler do not fit them. Set {name}=False, or use FSDP2 or DDP."
+            "`fp16` must be False with DeepSpeed, got True: the gradients of float16 weights overflow. Use bf16=True."
         )
+
+
+def use_autocast_in_deepspeed(settings: MixGRPOConfig) -> None:
+    """
+    In bfloat16, let DeepSpeed compute under autocast, and add up gradients in float32, as without it.
+
+    DeepSpeed keeps bfloat16 weights, and float32 copies of the trained ones in its optimizer. By itself it runs the
+    model without autocast, even inside one, so that the float32 states of the sampler would not fit the weights.
+    """
+    plugin = settings.deepspeed_plugin
+    config = {} if plugin is None else plugin.deepspeed_config
+    if config.get("bf16", {}).get("enabled"):
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
 def _check_fsdp(settings: MixGRPOConfig) -> None:
