@@ -4,7 +4,7 @@ A soak: a long run of the miniature pipeline that is killed again and again, and
     python tests/soak.py --output outputs/soak
     python tests/soak.py --iterations 600 --kill_every 100 --output outputs/soak
 
-Every `kill_every` iterations the process is killed at a random moment, by SIGKILL and SIGTERM in turns, and another
+About every `kill_every` iterations the process is killed, by SIGKILL and SIGTERM in turns, at a random moment. Another
 process resumes the run. Two async rewards hang now and then for longer than `reward_timeout`: one awaits, the other
 blocks its thread. Each process records its memory, threads and open files.
 
@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import psutil
@@ -145,13 +146,13 @@ class Recorder(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.progress.seek(0)
+        self.progress.write(f"{state.global_step:10d}")
+        self.progress.flush()
         iteration, inside = divmod(state.global_step, STEPS_PER_ITERATION)
         if inside:
             return
         self.age += 1
-        self.progress.seek(0)
-        self.progress.write(f"{iteration:10d}")
-        self.progress.flush()
         if iteration % self.options.record_every == 0:
             own = psutil.Process()
             record = self.labels | {
@@ -231,10 +232,13 @@ def soak(options: Options) -> int:
 
 
 def kill_again_and_again(options: Options, problems: list[str]) -> list[dict[str, Any]]:
-    """Run to the end with kills on the way. Returns each kill: its signal and the last iteration before it."""
+    """Run to the end with kills on the way. Returns each kill: its signal, the step, and that of the checkpoint."""
     moments = random.Random(options.seed)
     kills: list[dict[str, Any]] = []
-    targets = list(range(options.kill_every, options.iterations, options.kill_every))
+    # Not where a checkpoint is due: between two of them, and inside an iteration as often as at its end
+    targets: list[int | None] = []
+    for iteration in range(options.kill_every, options.iterations, options.kill_every):
+        targets.append(STEPS_PER_ITERATION * iteration + moments.randrange(STEPS_PER_ITERATION * options.save_every))
     for process, target in enumerate([*targets, None]):
         number = signal.SIGTERM if process % 2 else signal.SIGKILL
         status = run_worker(options, "killed", process, target, number, moments.random())
@@ -242,7 +246,9 @@ def kill_again_and_again(options: Options, problems: list[str]) -> list[dict[str
             expected = 0
         else:
             expected = 128 + number if number == signal.SIGTERM else -number
-            kills.append({"signal": number.name, "iteration": read_progress(options, "killed"), "status": status})
+            checkpoint = newest_checkpoint(options.output / "killed")
+            saved = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+            kills.append({"signal": number.name, "step": read_progress(options, "killed"), "saved": saved})
         if status != expected:
             problems.append(f"process {process} ended with status {status} instead of {expected}")
             break
@@ -258,10 +264,10 @@ def run_worker(
     moment: float = 0.0,
 ) -> int:
     """
-    Run one process to its end, or until a signal at iteration `target`. Returns its status.
+    Run one process to its end, or until a signal after optimizer step `target`. Returns its status.
 
     Args:
-        moment (`float`): When to send the signal: part of an iteration's time, after `target`.
+        moment (`float`): When to send the signal: part of a step's time, after `target`.
     """
     (options.output / f"{run}.progress").unlink(missing_ok=True)
     command = [sys.executable, __file__, *options.as_flags(), "--worker", run, "--process", str(process)]
@@ -271,7 +277,7 @@ def run_worker(
         try:
             if target is not None:
                 seconds = wait_for(worker, options, run, target)
-                time.sleep(moment * 2 * seconds)
+                time.sleep(moment * seconds)
                 worker.send_signal(number)
             return worker.wait()
         finally:
@@ -279,21 +285,21 @@ def run_worker(
 
 
 def wait_for(worker: subprocess.Popen, options: Options, run: str, target: int) -> float:
-    """Wait for the end of an iteration, or of the process. Returns the seconds of an iteration."""
+    """Wait for the end of an optimizer step, or of the process. Returns the seconds of a step."""
     first: tuple[int, float] | None = None
     while worker.poll() is None:
-        iteration = read_progress(options, run)
+        step = read_progress(options, run)
         now = time.monotonic()
-        if iteration >= 0 and first is None:
-            first = (iteration, now)
-        if first is not None and iteration >= target:
-            return (now - first[1]) / max(1, iteration - first[0])
+        if step >= 0 and first is None:
+            first = (step, now)
+        if first is not None and step >= target:
+            return (now - first[1]) / max(1, step - first[0])
         time.sleep(0.02)
     return 0.0
 
 
 def read_progress(options: Options, run: str) -> int:
-    """The last finished iteration of a run's process, or -1."""
+    """The last finished optimizer step of a run's process, or -1."""
     try:
         return int((options.output / f"{run}.progress").read_text())
     except (OSError, ValueError):
@@ -310,11 +316,11 @@ def growth(records: list[dict[str, Any]], warmup: int) -> list[str]:
         memory = [record["rss"] for record in after]
         if max(memory) - min(memory) > MOST_GROWTH * memory[0]:
             found.append(f"{name}: memory between {min(memory) / 1e6:.0f} and {max(memory) / 1e6:.0f} MB")
-        # A thread that a reward blocks is there for a while, so the lowest numbers are compared.
+        # A thread that a reward blocks, and its event loop, are there for a while, so the usual numbers are compared.
         half = len(after) // 2
         for resource, tolerance in (("threads", MAX_STUCK_THREADS), ("files", MAX_STUCK_THREADS * FILES_OF_LOOP)):
             numbers = [record[resource] for record in after]
-            if min(numbers[half:]) > min(numbers[:half]) or max(numbers) - min(numbers) > tolerance:
+            if median_low(numbers[half:]) > median_low(numbers[:half]) or max(numbers) - min(numbers) > tolerance:
                 found.append(f"{name}: {resource} from {min(numbers)} to {max(numbers)}, at the end {numbers[-1]}")
     return found
 
@@ -371,8 +377,8 @@ def summarize(
     lines = [
         f"# Soak of {options.iterations} iterations: {'failed' if problems else 'passed'}",
         "",
-        f"- {len(kills)} kills: "
-        + (", ".join(f"{kill['signal']} after {kill['iteration']}" for kill in kills) or "-"),
+        f"- {len(kills)} kills, {STEPS_PER_ITERATION} optimizer steps per iteration: "
+        + ", ".join(f"{kill['signal']} after step {kill['step']} (resumed from {kill['saved']})" for kill in kills),
         f"- {options.iterations * 2 * GROUP} images, of which the reward that awaits did not score "
         f"{unscored['Awaits']}, and the one that blocks {unscored['Blocks']}",
         f"- {len(logs)} entries of the logs, weights and optimizer state compared bit for bit",
@@ -418,7 +424,7 @@ def plot(records: list[dict[str, Any]], kills: list[dict[str, Any]], path: Path)
                 values = [record[key] / scale for record in own]
                 axis.plot(iterations, values, color=color, label=run if process == 0 else None)
         for kill in kills:
-            axis.axvline(kill["iteration"], color="black", linewidth=0.5, linestyle="dotted")
+            axis.axvline(kill["step"] / STEPS_PER_ITERATION, color="black", linewidth=0.5, linestyle="dotted")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
     axes[0].legend(frameon=False)

@@ -92,6 +92,6 @@ def test_a_short_soak(tmp_path):
     )
     text = (tmp_path / "summary.md").read_text()
     assert done.returncode == 0 and "passed" in text, done.stdout + done.stderr
-    assert "2 kills: SIGKILL after" in text and "SIGTERM after" in text
-    rewards = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
-    assert {record["process"] for record in rewards if record["run"] == "killed"} == {0, 1, 2}
+    assert "- 2 kills, " in text and "SIGKILL after step" in text and "SIGTERM after step" in text
+    found = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert {record["process"] for record in found if record["run"] == "killed"} == {0, 1, 2}
