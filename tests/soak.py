@@ -426,7 +426,7 @@ def plot(records: list[dict[str, Any]], kills: list[dict[str, Any]], path: Path)
         for kill in kills:
             axis.axvline(kill["step"] / STEPS_PER_ITERATION, color="black", linewidth=0.5, linestyle="dotted")
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.2 * max(record[key] for record in records) / scale)
     axes[0].legend(frameon=False)
     axes[-1].set_xlabel("iteration")
     figure.savefig(path, dpi=120)
