@@ -235,13 +235,18 @@ def kill_again_and_again(options: Options, problems: list[str]) -> list[dict[str
     """Run to the end with kills on the way. Returns each kill: its signal, the step, and that of the checkpoint."""
     moments = random.Random(options.seed)
     kills: list[dict[str, Any]] = []
-    # Not where a checkpoint is due: between two of them, and inside an iteration as often as at its end
+    # Anywhere between two checkpoints
     targets: list[int | None] = []
     for iteration in range(options.kill_every, options.iterations, options.kill_every):
         targets.append(STEPS_PER_ITERATION * iteration + moments.randrange(STEPS_PER_ITERATION * options.save_every))
     for process, target in enumerate([*targets, None]):
         number = signal.SIGTERM if process % 2 else signal.SIGKILL
-        status = run_worker(options, "killed", process, target, number, moments.random())
+        moment = moments.random()
+        if target is not None and number == signal.SIGTERM:
+            # It saves, so inside an iteration there is more to get wrong.
+            target = target - target % STEPS_PER_ITERATION + 1
+            moment = 0.0
+        status = run_worker(options, "killed", process, target, number, moment)
         if target is None:
             expected = 0
         else:

@@ -86,7 +86,7 @@ def test_a_reward_hangs_on_the_same_images_always():
 @pytest.mark.slow
 def test_a_short_soak(tmp_path):
     """Two kills in twelve iterations, and rewards that hang."""
-    flags = "--iterations 12 --kill_every 4 --save_every 2 --hang_every 4 --record_every 1 --warmup 1"
+    flags = "--iterations 12 --kill_every 4 --save_every 2 --hang_every 4 --record_every 1 --warmup 100"
     done = subprocess.run(
         [sys.executable, Path(soak.__file__), *flags.split(), "--output", tmp_path], capture_output=True, text=True
     )
