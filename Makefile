@@ -15,7 +15,7 @@ ISA += $(shell grep -qs avx512f /proc/cpuinfo && echo ATEN_CPU_CAPABILITY=avx512
 # An environment of its own: the tests of the other one run without DeepSpeed
 DEEPSPEED_VENV ?= .venv-deepspeed
 
-.PHONY: demo test test-all test-isa test-deepspeed quality docs clean
+.PHONY: demo test test-all test-isa test-deepspeed soak quality docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train_flux_mixgrpo.py $(ARGS)
@@ -35,6 +35,10 @@ test-isa: $(VENV)/.test
 test-deepspeed:
 	$(MAKE) VENV=$(DEEPSPEED_VENV) $(DEEPSPEED_VENV)/.deepspeed
 	DS_ACCELERATOR=cpu $(DEEPSPEED_VENV)/bin/python -m pytest tests/training/test_sharding.py $(ARGS)
+
+# A long run that is killed again and again, against the same run left alone. Takes half an hour on two cores.
+soak: $(VENV)/.test
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python tests/soak.py --output outputs/soak $(ARGS)
 
 quality: $(VENV)/.quality
 	$(BIN)/ruff check src examples tests

@@ -18,6 +18,7 @@ a round, and the median over the rounds is reported. The baseline is DanceGRPO u
 
 `--flux_dev` builds a transformer of FLUX.1-dev's size with random weights on the device, so nothing is downloaded.
 There the window stays in the middle of its sweep: the cost of an iteration is linear in the window's position.
+`examples/studies/gpu_checks.py` runs all checks of a GPU with this script.
 """
 
 import contextlib
@@ -47,10 +48,12 @@ from transformers import PrinterCallback, TrainerCallback
 from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, toy
 from diffusers_mixgrpo.presets import ACCELERATIONS, PRESETS
 from diffusers_mixgrpo.training.phase_timer import PhaseTimer
+from diffusers_mixgrpo.training.preflight_report import PreflightReport
 
 
 METHODS = ("dancegrpo", "flow-grpo", "mixgrpo", "mixgrpo-flash", "mixgrpo-flash-star")
 OPTIONS = tuple(ACCELERATIONS)
+TEXT_ENCODERS = ("one_layer", "full", "full_4bit")
 GROW = {
     "num_generations": (4, 8, 12, 24),
     "num_inference_steps": (10, 15, 25, 50),
@@ -62,6 +65,7 @@ TOY_DEFAULTS = {
     "prompts": 4,
     "size": 64,
     "max_sequence_length": 12,
+    "lora_rank": 16,
     "rounds": 3,
     "window_stride": 1,
     "options": list(OPTIONS),
@@ -70,6 +74,7 @@ FLUX_DEV_DEFAULTS = {
     "prompts": 1,
     "size": 720,
     "max_sequence_length": 512,
+    "lora_rank": 64,
     "rounds": 1,
     "window_stride": 0,
     "options": ["shared-prefix"],
@@ -104,6 +109,11 @@ class BenchmarkArguments:
     attention_backend: str | None = flag("A diffusers attention backend.")
     gradient_checkpointing: bool = flag("Recompute activations in the backward pass to save memory.", False)
     load_in_4bit: bool = flag("With `flux_dev`: NF4 weights, with bitsandbytes.", False)
+    text_encoders: str = flag("With `flux_dev`: one_layer, full (T5-XXL and CLIP-L) or full_4bit.", "one_layer")
+    lora_rank: int | None = flag("Rank of the LoRA. 16 on the toy, 64 otherwise.")
+    settings: str = flag("Further arguments of MixGRPOConfig for all cases, as JSON.", "{}")
+    preflight: bool = flag("Compare the preflight check's peak memory and seconds.", False)
+    memory_gb: float | None = flag("Use no more memory of the GPU than this.")
     output: str | None = flag("JSON file. The figure is saved next to it, as .png.")
 
     def __post_init__(self) -> None:
@@ -117,6 +127,8 @@ class BenchmarkArguments:
                 f"`load_in_4bit` must be False with `flux_dev={self.flux_dev}` and `full={self.full}`, got True. Use "
                 "it with `flux_dev` and without `full`."
             )
+        if self.text_encoders not in TEXT_ENCODERS:
+            raise ValueError(f"`text_encoders` must be among {', '.join(TEXT_ENCODERS)}, got {self.text_encoders!r}.")
         if self.images % self.updates:
             raise ValueError(
                 f"`updates` must divide prompts * num_generations = {self.images}, got {self.updates}. Use 1 or a "
@@ -235,6 +247,7 @@ def make_case(args: BenchmarkArguments, preset: str, option: str) -> Case:
     settings["per_device_train_batch_size"] = args.images // updates
     settings["sample_batch_size"] = 1 if is_one_by_one else batch_size
     settings["replay_batch_size"] = 1 if is_one_by_one else args.replay_batch_size or batch_size
+    settings |= json.loads(args.settings)
 
     last = args.num_inference_steps - 1 - args.window_size
     if is_one_by_one or not args.window_stride:
@@ -255,9 +268,15 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.pipe = build_flux_dev(args, self.device) if args.flux_dev else toy.load()
         self.score: Callable[..., list[float]] | None = None if args.flux_dev else toy.toy_reward
+        if args.memory_gb is not None and self.device.type == "cuda":
+            # Only now, since quantized weights were larger while they were made, unlike those of a file.
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(memory_fraction(args.memory_gb))
         self.stopwatch = Stopwatch(self.device)
         self.stopwatch.watch(self.pipe.transformer)
         self.trainers: dict[Any, MixGRPOTrainer] = {}
+        self.preflights: dict[Any, PreflightReport] = {}
         # Each `train()` collects garbage, which takes as long as an iteration if it visits all objects so far.
         gc.collect()
         gc.freeze()
@@ -283,7 +302,10 @@ class Bench:
                 self.pipe.transformer.zero_grad()
         entries = {}
         for key, case in cases.items():
-            entries[key] = {"error": "out of memory"} if key in failed else self._entry(case, records[key])
+            if key in failed:
+                entries[key] = {"error": "out of memory"}
+            else:
+                entries[key] = self._entry(case, records[key]) | self._findings_of_preflight(key)
         return entries
 
     def run(self, key: Any, case: Case, position: int) -> dict[str, Any]:
@@ -294,7 +316,9 @@ class Bench:
                 self.trainers.clear()
                 gc.collect()
                 torch.cuda.empty_cache()
-            self.trainers[key] = self._make_trainer(case)
+            self.trainers[key] = self.make_trainer(case)
+            if self.args.preflight:
+                self.preflights[key] = self.trainers[key].preflight()
         trainer = self.trainers[key]
         engine = trainer.engine
         engine.window_schedule = dataclasses.replace(engine.window_schedule, start=position)
@@ -302,7 +326,9 @@ class Bench:
         warms_up = is_new and (not self.args.flux_dev or self.args.compile)
         for _ in range(1 + warms_up):
             trainer.train()
-        return self.stopwatch.record
+        # Of the first update's transitions: the effect of precision and batch shapes alone.
+        deviation = trainer.state.log_history[-1]["ratio/on_policy_max_deviation"]
+        return self.stopwatch.record | {"ratio_deviation": deviation}
 
     def reward(self, prompts: list[str], images: list[Any], **columns: Any) -> list[float]:
         """The score and a small term that differs between images: no advantage is 0, so every image is replayed."""
@@ -310,38 +336,46 @@ class Bench:
         differences = np.random.default_rng(0).normal(scale=1e-3, size=len(images)).tolist()
         return [score + difference for score, difference in zip(scores, differences, strict=True)]
 
-    def _make_trainer(self, case: Case) -> MixGRPOTrainer:
+    def make_trainer(self, case: Case) -> MixGRPOTrainer:
         args = self.args
-        config = MixGRPOConfig.from_preset(
-            case.preset,
-            **case.settings,
-            max_steps=case.settings["steps_per_generation"],
-            compile_repeated_blocks=args.compile,
-            attention_backend=args.attention_backend,
-            use_cpu=self.device.type == "cpu",
-            dataloader_pin_memory=False,
-            output_dir=self.folder,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),
-        )
+        settings: dict[str, Any] = {
+            "max_steps": case.settings["steps_per_generation"],
+            "compile_repeated_blocks": args.compile,
+            "attention_backend": args.attention_backend,
+            "use_cpu": self.device.type == "cpu",
+            "dataloader_pin_memory": False,
+            "output_dir": self.folder,
+            "logging_strategy": "no",
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        if args.gradient_checkpointing:
+            settings["gradient_checkpointing"] = True
+        config = MixGRPOConfig.from_preset(case.preset, **(settings | case.settings))
         # Later trainers go on with the LoRA of the first one.
         has_lora = bool(getattr(self.pipe.transformer, "peft_config", None))
-        rank = 64 if args.flux_dev else 16
         trainer = MixGRPOTrainer(
             model=self.pipe,
             reward_funcs=self.reward,
             args=config,
             train_dataset=[{"prompt": text} for text in toy.prompts("train", config.prompts_per_iteration)],
-            peft_config=None if has_lora or args.full else LoraConfig(r=rank, lora_alpha=2 * rank),
+            peft_config=None if has_lora or args.full else LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank),
             callbacks=[StopwatchCallback(self.stopwatch)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.engine.timer = self.stopwatch
         trainer.accelerator.backward = self.stopwatch.during_backward(trainer.accelerator.backward)
         return trainer
+
+    def _findings_of_preflight(self, key: Any) -> dict[str, float]:
+        report = self.preflights.get(key)
+        if report is None:
+            return {}
+        findings = {"preflight_seconds": report.seconds_per_iteration}
+        if report.memory_peak is not None:
+            findings["preflight_memory_gb"] = report.memory_peak / 1e9
+        return findings
 
     def _entry(self, case: Case, records: list[list[dict[str, Any]]]) -> dict[str, Any]:
         """The round of median time, and the times of all rounds."""
@@ -351,6 +385,7 @@ class Bench:
         in_transformer = entry.pop("forward_seconds") + entry["parts"]["replay_backward"]
         entry["transformer_share"] = in_transformer / seconds
         entry["updates"] = case.settings["steps_per_generation"]
+        entry["ratio_deviation"] = max(record["ratio_deviation"] for of_round in records for record in of_round)
         if "ode_cache" not in case.settings:  # with a cache, a forward pass skips most of the blocks
             flops = iteration_flops(self.pipe, case.settings, entry["passes"], self.args.full)
             entry["tflops"] = flops / seconds / 1e12
@@ -507,6 +542,14 @@ def compare(entry: dict[str, Any], base: dict[str, Any] | None, name: str) -> No
         base_times = base.get(key, []) if base else []
         ratios = [own / other for own, other in zip(own_times, base_times, strict=False)]
         entry[clock + name] = statistics.median(ratios) if ratios else None
+
+
+def memory_fraction(gb: float) -> float:
+    """The part of the GPU's memory that is `gb` GB."""
+    total = torch.cuda.get_device_properties(0).total_memory / 1e9
+    if gb > total:
+        raise ValueError(f"`memory_gb` must be at most the GPU's {total:.1f}, got {gb}. Leave it out.")
+    return gb / total
 
 
 def matmul_peak(device: torch.device) -> float:

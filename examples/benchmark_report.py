@@ -48,6 +48,8 @@ EFFICIENCY_COLUMNS = {
     "TFLOP/s": ("tflops", ".3g"),
     "TFLOP/s in the transformer": ("tflops_in_transformer", ".3g"),
     "peak memory (GB)": ("peak_memory_gb", ".1f"),
+    "preflight's peak (GB)": ("preflight_memory_gb", ".1f"),
+    "max abs(ratio - 1)": ("ratio_deviation", ".1g"),
 }
 
 

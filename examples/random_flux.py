@@ -9,11 +9,22 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers_mixgrpo import toy
 
 
+T5_XXL: dict[str, Any] = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
 def build_flux_dev(args: Any, device: torch.device) -> FluxPipeline:
     """
     FLUX.1-dev's transformer and VAE with random weights.
 
-    The text encoders have one layer each, because they only run once per iteration.
+    The text encoders have one layer each, because they only run once per iteration, unless `args.text_encoders` asks
+    for those of full size.
     """
     parts = toy.load().components
     num_double, num_single = args.flux_dev_layers or (19, 38)
@@ -24,6 +35,9 @@ def build_flux_dev(args: Any, device: torch.device) -> FluxPipeline:
         "num_hidden_layers": 1,
     }
     t5_config = parts["text_encoder_2"].config.to_dict() | {"d_model": 4096, "d_ff": 1024, "num_layers": 1}
+    if args.text_encoders != "one_layer" and not args.flux_dev_layers:
+        clip_config["num_hidden_layers"] = 12
+        t5_config = T5_XXL | {"vocab_size": t5_config["vocab_size"]}
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
         with torch.device(device):
@@ -46,14 +60,16 @@ def build_flux_dev(args: Any, device: torch.device) -> FluxPipeline:
                 use_post_quant_conv=False,
             )
             if args.load_in_4bit:
-                quantize(parts["transformer"])
+                quantize(parts["transformer"], "blocks")
+            if args.text_encoders == "full_4bit":
+                quantize(parts["text_encoder_2"], "block")
     finally:
         torch.set_default_dtype(torch.float32)
     return FluxPipeline(**parts)
 
 
-def quantize(transformer: FluxTransformer2DModel) -> None:
-    """Make the linear layers of the blocks 4-bit, as `from_pretrained` does with saved weights."""
+def quantize(model: torch.nn.Module, blocks: str) -> None:
+    """Make the linear layers whose names have `blocks` in them 4-bit, as `from_pretrained` does with saved weights."""
     try:
         import bitsandbytes as bnb
     except ImportError as error:
@@ -61,8 +77,9 @@ def quantize(transformer: FluxTransformer2DModel) -> None:
             f"`load_in_4bit` needs bitsandbytes ({error}). Install it with "
             '`pip install "diffusers-mixgrpo[quantization]"`.'
         ) from error
-    for name, module in list(transformer.named_modules()):
-        if isinstance(module, torch.nn.Linear) and "blocks" in name:
+    for name, module in list(model.named_modules()):
+        # transformers leaves T5's `wo` as it is.
+        if isinstance(module, torch.nn.Linear) and blocks in name and not name.endswith(".wo"):
             small = bnb.nn.Linear4bit(
                 module.in_features, module.out_features, compute_dtype=module.weight.dtype, quant_type="nf4"
             )
@@ -70,8 +87,8 @@ def quantize(transformer: FluxTransformer2DModel) -> None:
             small.weight = weight.to(module.weight.device)
             small.bias = module.bias
             parent, _, leaf = name.rpartition(".")
-            setattr(transformer.get_submodule(parent), leaf, small)
-    transformer.is_loaded_in_4bit = True  # peft checks this flag
+            setattr(model.get_submodule(parent), leaf, small)
+    model.is_loaded_in_4bit = True  # peft checks this flag
 
 
 def iteration_flops(pipe: FluxPipeline, settings: dict[str, Any], passes: dict[str, float], full: bool) -> float:

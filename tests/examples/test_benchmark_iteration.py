@@ -210,8 +210,25 @@ def test_operations_are_those_that_torch_counts(script):
         ("--options exact none", "`options`"),
         ("--updates 5", "`updates` must divide .* got 5"),
         ("--load_in_4bit", "`load_in_4bit` must be False"),
+        ("--flux_dev --text_encoders half", "`text_encoders` must be among one_layer, full, full_4bit, got 'half'"),
     ],
 )
 def test_mistakes_are_named(script, flags, said):
     with pytest.raises(ValueError, match=said):
         script.main(flags.split())
+
+
+def test_the_ratio_is_that_before_the_first_update(script, bench):
+    """Weights that change between the rollout and its replay are seen in it."""
+    case = script.make_case(bench.args, "mixgrpo", "shared-prefix")
+    quiet = bench.run("quiet", case, case.positions[0])["ratio_deviation"]
+    engine = bench.trainers["quiet"].engine
+    backward = engine.backward
+
+    def change_and_go_backward(*args, **kwargs):
+        for parameter in engine.trained_parameters:
+            parameter.data += 0.1
+        return backward(*args, **kwargs)
+
+    engine.backward = change_and_go_backward
+    assert bench.run("quiet", case, case.positions[0])["ratio_deviation"] > 100 * max(quiet, 1e-6)

@@ -219,6 +219,24 @@ def test_rewards_that_block(asynchronous):
     assert runner.finish().tolist() == [[1.0], [2.0]]  # it is called again
 
 
+def test_a_call_that_awaits_too_long_leaves_its_event_loop_alone():
+    """Sessions and locks that a reward keeps belong to its event loop, and work only there."""
+    loops = []
+
+    async def judge(prompts, images, **columns):
+        loops.append(asyncio.get_running_loop())
+        await asyncio.sleep(60 if len(loops) == 1 else 0)
+        return [1.0] * len(images)
+
+    runner = RewardRunner([judge], timeout=0.1)
+    runner.start([{"prompt": "a"}], ["image"])
+    assert math.isnan(runner.finish().item())
+    runner.timeout = 60
+    runner.start([{"prompt": "a"}], ["image"])
+    assert runner.finish().item() == 1
+    assert loops[0] is loops[1] and not loops[0].is_closed()
+
+
 @pytest.mark.parametrize("timeout", [None, 60])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_async_reward_that_exits(error, timeout):

@@ -24,6 +24,7 @@ Scores = Sequence[float | None]
 RewardFunc = Callable[..., Scores | Coroutine[Any, Any, Scores]]
 T = TypeVar("T")
 MAX_STUCK_THREADS = 4  # of one reward, whose calls outlasted the timeout and still run
+_ANSWER_SECONDS = 0.5  # a free event loop takes microseconds
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,6 @@ class RewardRunner:
             return []
         if _is_async(func):
             scores = []
-            # Calls that await have been stopped by then, since all of them started before now.
             deadline = None if self.timeout is None else time.monotonic() + self.timeout
             for batch in batches:
                 scores += self._collect(name, batch.pending[name], len(batch.images), deadline)
@@ -255,9 +255,9 @@ class RewardRunner:
             scores = call.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
         except Exception as error:
             if not call.done():
-                # The reward blocks its event loop, which therefore could not stop it.
                 call.cancel()
-                if name in self._loops:
+                # A loop that answers is not blocked and stops the call. It stays, with what the reward keeps there.
+                if name in self._loops and not self._loops[name].answers(_ANSWER_SECONDS):
                     self._abandoned[name].append(self._loops.pop(name).stop())
             is_limit = isinstance(error, TimeoutError) and not str(error)
             self._note(name, self._no_answer() if is_limit else error)
@@ -296,6 +296,12 @@ class _EventLoop:
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def answers(self, seconds: float) -> bool:
+        """Whether the loop does something else within `seconds`, so that no call blocks it."""
+        answered = threading.Event()
+        self._loop.call_soon_threadsafe(answered.set)
+        return answered.wait(seconds)
 
     def stop(self) -> threading.Thread:
         """Stop the loop as soon as it does not block. Returns its thread, which then ends."""
