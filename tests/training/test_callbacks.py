@@ -5,6 +5,7 @@ from helpers import small_config
 from transformers import TrainerControl, TrainerState
 
 from diffusers_mixgrpo.training.callbacks import IterationCallback, RewardProgressCallback
+from diffusers_mixgrpo.training.interruptions import Interruptions
 from diffusers_mixgrpo.training.plan import PromptSampler
 
 
@@ -35,19 +36,31 @@ def run(settings, due, steps, callback):
 def test_evaluations_and_checkpoints_wait_for_the_end_of_an_iteration(tmp_path, due, done):
     settings = small_config(tmp_path, per_device_train_batch_size=2, steps_per_generation=4)
     assert settings.optimizer_steps_per_iteration == 4
-    assert run(settings, due, steps=10, callback=IterationCallback()) == (done, done)
+    assert run(settings, due, steps=10, callback=IterationCallback(Interruptions())) == (done, done)
 
 
 def test_the_sampler_is_told_the_epoch_and_the_steps_are_noted(tmp_path):
     settings = small_config(tmp_path)
     sampler = PromptSampler(5, 2, 1)
-    callback = IterationCallback()
+    callback = IterationCallback(Interruptions())
     callback.sampler = sampler
-    callback.on_train_begin(settings, TrainerState(global_step=6), TrainerControl())
+    callback.on_train_begin(settings, TrainerState(global_step=6, max_steps=8), TrainerControl())
     callback.on_epoch_begin(settings, TrainerState(epoch=3.0), TrainerControl())
     callback.on_save(settings, TrainerState(global_step=8), TrainerControl())
     assert (callback.first_step, sampler.epoch, callback.saved_step) == (6, 3, 8)
-    IterationCallback().on_epoch_begin(settings, TrainerState(epoch=3.0), TrainerControl())  # without training prompts
+    IterationCallback(Interruptions()).on_epoch_begin(
+        settings, TrainerState(epoch=3.0), TrainerControl()
+    )  # without training prompts
+
+
+def test_an_optimizer_step_is_known_until_it_is_counted(tmp_path):
+    settings = small_config(tmp_path)
+    callback = IterationCallback(Interruptions())
+    assert not callback.is_updating
+    callback.on_pre_optimizer_step(settings, TrainerState(), TrainerControl())
+    assert callback.is_updating
+    callback.on_step_end(settings, TrainerState(global_step=1, max_steps=2), TrainerControl())
+    assert not callback.is_updating
 
 
 def test_the_progress_bar_keeps_the_latest_of_each(tmp_path, capfd):

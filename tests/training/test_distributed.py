@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 
+pytestmark = pytest.mark.xdist_group("two_processes")  # one test process, so one launch
 TESTS = Path(__file__).parents[1]
 
 

@@ -89,12 +89,8 @@ def launch(folder: Path, fault: str) -> tuple[subprocess.CompletedProcess, float
     return done, time.time() - began.stat().st_mtime if began.exists() else 0.0
 
 
-FAST = ("terminate",)
-
-
-@pytest.mark.parametrize(
-    "fault", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in STEPS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", STEPS)
 def test_a_fault_on_one_process(tmp_path, fault):
     done, seconds = launch(tmp_path, fault)
     assert done.returncode != 0

@@ -162,7 +162,7 @@ def test_impatient_signals_do_not_break_the_save(tmp_path):
 
 
 def test_a_process_that_is_told_to_stop(tmp_path, pipeline_folder):
-    """From outside, with the example script, as a cluster does it: it saves, exits with 143, and goes on later."""
+    """From outside, with the example script, as a cluster does it: it saves and exits with 143."""
     script = Path(__file__).parents[2] / "examples" / "train_flux_mixgrpo.py"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\nthe sea\n")
@@ -182,7 +182,3 @@ def test_a_process_that_is_told_to_stop(tmp_path, pipeline_folder):
     assert process.returncode == 143, "".join(lines) + rest
     saved = list((tmp_path / "out").glob("checkpoint-*"))
     assert len(saved) == 1 and is_whole(saved[0])
-    command.append("--resume_from_checkpoint=True")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()

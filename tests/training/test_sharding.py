@@ -24,6 +24,7 @@ from diffusers_mixgrpo.training.plan import plan_iteration
 from diffusers_mixgrpo.training.sharding import check_launch
 
 
+pytestmark = pytest.mark.xdist_group("sharding")  # one test process, so one launch
 TESTS = Path(__file__).parents[1]
 KINDS = ["lora", "full"]
 # ZeRO-2 first, since ZeRO-3 replaces `torch.nn.functional.linear`
