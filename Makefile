@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Test processes, each with one thread: as many as there are cores, or 0 for none beside the main one
 JOBS ?= auto
-PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup --durations=15
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --durations=15
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Instruction sets and numbers of threads that `make test-isa` runs the tests with

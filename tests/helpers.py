@@ -1,12 +1,15 @@
 """A miniature FLUX with random weights, and small trainers of it: what many tests share."""
 
+import os
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from filelock import FileLock
 from peft import LoraConfig
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
@@ -153,3 +156,16 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor],
     assert first.keys() == second.keys() and first
     for name, value in first.items():
         torch.testing.assert_close(value, second[name], msg=name, **({"rtol": 0, "atol": 0} | tolerance))
+
+
+def once(tmp_path_factory: Any, name: str, make: Callable[[Path], None]) -> Path:
+    """
+    A folder that `make` has filled, one for all test processes: the first fills it, and the others wait for it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            make(folder)
+    return folder

@@ -311,12 +311,17 @@ class MixGRPOTrainer(Trainer):
             self.metrics.add({f"time/{phase}": seconds for phase, seconds in self.engine.timer.pop().items()})
         return trained.loss
 
-    def _stop_if_asked(self) -> None:
-        """Raise the exception of a signal that came during the optimizer step, on all ranks of a sharded run."""
+    def _release_signals(self) -> None:
+        """Raise the exception of a signal that came during the optimizer step."""
+        # Sharded weights can only be saved by all ranks together, so signals wait until all ranks know of them.
         if not self.engine.is_sharded:
             self.interruptions.release()
+
+    def _stop_if_asked(self) -> None:
+        """Raise the exception of a signal that came during the optimizer step, on all ranks of a sharded run."""
+        self._release_signals()
+        if not self.engine.is_sharded:
             return
-        # Sharded weights can only be saved by all ranks together, so signals wait until all ranks know of them.
         if bool(self.engine.gather(torch.tensor([self.interruptions.is_pending])).any()):
             raise StopOnAllRanks(128 + signal.SIGTERM)
         self.interruptions.hold()
@@ -404,7 +409,7 @@ class MixGRPOTrainer(Trainer):
                 "`eval_dataset` must have rows with a 'prompt', got None. Pass it here or to the trainer."
             )
         check_dataset("eval_dataset", eval_dataset)
-        self.interruptions.release()
+        self._release_signals()
         start = time.perf_counter()
         self.eval_rewards = self.engine.evaluate(eval_dataset, self._inference_model)
         metrics = reward_statistics(self.eval_rewards, self.reward_names, self.engine.reward_weights)
@@ -504,7 +509,7 @@ class MixGRPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Overridden so that a checkpoint is whole or not there, and never holds weights that are not finite.
-        self.interruptions.release()
+        self._release_signals()
         if not all(self.engine.gather(torch.tensor([finite_weights(self.engine.trained_parameters)]))):
             raise NonFiniteError(
                 f"The weights are infinite or NaN after {self.state.global_step} optimizer steps, and are not saved. "
@@ -578,7 +583,7 @@ class MixGRPOTrainer(Trainer):
         reason = f"optimizer step {step + 1} was not finished" if callback.is_updating else ""
         if not is_saved and not reason:
             try:
-                is_saved = self._save_together(error) if self.engine.is_sharded else self._save_alone(folder)
+                is_saved = self._save_together(error) or self._save_alone(folder)
                 reason = "they are spread over processes, of which one has failed"
             except Exception as failure:
                 reason = repr(failure)
@@ -593,7 +598,7 @@ class MixGRPOTrainer(Trainer):
             logger.warning(f"Stopped by {error!r}. {note}")  # Python shows no notes of SystemExit
 
     def _save_together(self, error: BaseException) -> bool:
-        """Save sharded weights, if all ranks have come to this error."""
+        """Save as in training, if all ranks have come to this error."""
         if not isinstance(error, _ON_ALL_RANKS):
             return False
         self._save_checkpoint(self.model_wrapped, trial=None)
@@ -601,18 +606,21 @@ class MixGRPOTrainer(Trainer):
 
     def _save_alone(self, folder: str) -> bool:
         """Save without collectives, which ranks that have failed may not answer: each writes what it has."""
+        if self.engine.is_sharded:
+            return False
         if not finite_weights(self.engine.trained_parameters):
             raise NonFiniteError("they are infinite or NaN")
         staged = staging_folder(folder)
         if self.is_world_process_zero():
             self._write_checkpoint(folder)
             publish(folder)
-            self._faults.announce("published")
-            return True
-        self._write_own_state(staged)
-        if self._faults.is_announced("published"):  # by a first rank that did not wait
-            shutil.copytree(staged, folder, dirs_exist_ok=True)
-            shutil.rmtree(os.path.dirname(staged))
+            self._faults.announce(_PUBLISHED)
+        elif not self.args.save_only_model:
+            own = f"{staged}-{self.args.process_index}"
+            self._write_own_state(own)
+            # The first rank may be done, or may come to its own error only when this process has ended.
+            shutil.copytree(own, folder if self._faults.wait_for(_PUBLISHED) else staged, dirs_exist_ok=True)
+            shutil.rmtree(own)
         return True
 
     # ---- Hub ----
@@ -653,6 +661,7 @@ class MixGRPOTrainer(Trainer):
 
 # Errors that all ranks raise together
 _ON_ALL_RANKS = (RewardError, NonFiniteError, StopOnAllRanks)
+_PUBLISHED = "published"
 _MERGE_NEEDS_LORA = "`merge_lora` must be False without a LoRA, got True. Pass a `peft_config`, or leave it False."
 
 

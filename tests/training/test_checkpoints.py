@@ -130,13 +130,12 @@ class FailAt(TrainerCallback):
 INSIDE = {"per_device_train_batch_size": 2, "steps_per_generation": 4, "max_steps": 8}
 
 
-@pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("beta", [0, 0.1])
+@pytest.mark.parametrize("lora, beta", [(True, 0.1), (False, 0)])
 def test_resuming_inside_an_iteration_is_exact(make, tmp_path, lora, beta):
-    """At each step of an iteration, and the iteration's images are not sampled again."""
+    """At the first and the last step of an iteration. Its images are not sampled again."""
     straight = make(lora=lora, beta=beta, **INSIDE)
     straight.train()
-    for step in (5, 6, 7):
+    for step in (5, 7):
         fails = FailAt("on_step_begin", step, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt) as caught:
             make(lora=lora, beta=beta, callbacks=[fails], **INSIDE).train()

@@ -14,22 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import once
 
 
-pytestmark = pytest.mark.xdist_group("two_processes")  # one test process, so one launch
 TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> list[dict[str, Any]]:
     """What each of the two processes has seen."""
-    folder = tmp_path_factory.mktemp("two_processes")
+    folder = once(tmp_path_factory, "two_processes", launch)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def launch(folder: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 def test_both_processes_train_one_policy_on_images_of_their_own(records):

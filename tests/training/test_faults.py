@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from diffusers_mixgrpo.training import faults
 from diffusers_mixgrpo.training.checkpoints import is_whole
 from diffusers_mixgrpo.training.faults import FaultBoard, is_collective_error
 
@@ -19,9 +20,10 @@ from diffusers_mixgrpo.training.faults import FaultBoard, is_collective_error
 TESTS = Path(__file__).parents[1]
 # After 3 optimizer steps, inside the second iteration; a fault while images are sampled comes after 2 or 4 steps
 STEPS = {"backward": 3, "gradient": 3, "callback": 3, "exit": 3, "kill": 3, "terminate": 3, "interrupt": 3}
+STEPS |= {"terminate_all": 3}
 STEPS |= {"reward": 2, "data": 2, "sampling": 2, "evaluation": 2}
 MESSAGES = {"reward": "must return one score per image, got 3 scores for 4", "exit": "SystemExit: 5", "kill": ""}
-MESSAGES |= {"terminate": "", "interrupt": "KeyboardInterrupt"}
+MESSAGES |= {"terminate": "", "interrupt": "KeyboardInterrupt", "terminate_all": ""}
 
 
 # ---- The board ----
@@ -63,18 +65,19 @@ def test_an_error_of_a_collective_waits_for_its_cause():
     timer.join()
 
 
-def test_what_ranks_announce():
+def test_what_ranks_announce(monkeypatch):
+    monkeypatch.setattr(faults, "PATIENCE_SECONDS", 0.3)
     first, second = boards(2)
-    assert not second.is_announced("published")
+    assert not second.wait_for("published")
     first.announce("published")
-    assert second.is_announced("published")
+    assert second.wait_for("published")
 
 
 def test_one_process_has_nobody_to_tell():
     board = FaultBoard()
     assert board.report(error("Connection closed by peer"), "") is None
     board.announce("published")
-    assert not board.is_announced("published")
+    assert not board.wait_for("published")
 
 
 # ---- Two processes ----
@@ -114,7 +117,7 @@ def main(folder: Path, fault: str) -> None:
     from transformers import TrainerCallback
 
     rank = int(os.environ["RANK"])
-    is_faulty = rank == 1 and fault != "resume"
+    is_faulty = (rank == 1 or fault == "terminate_all") and fault != "resume"
 
     def strike(name):
         if is_faulty and fault == name:
@@ -140,11 +143,12 @@ def main(folder: Path, fault: str) -> None:
             if not is_faulty or state.global_step != 3:
                 return
             strike("callback")
-            if fault in ("exit", "kill", "terminate", "interrupt"):
+            if fault in ("exit", "kill", "terminate", "terminate_all", "interrupt"):
                 (folder / "began").touch()
             if fault == "exit":
                 sys.exit(5)
             signals = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
+            signals |= {"terminate_all": signal.SIGTERM}
             if fault in signals:
                 os.kill(os.getpid(), signals[fault])
 

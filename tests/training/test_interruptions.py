@@ -103,8 +103,9 @@ def straight(tmp_path_factory):
     return trainer
 
 
-@pytest.mark.parametrize("event", EVENTS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "event, number", [*((event, signal.SIGTERM) for event in EVENTS), ("on_optimizer_step", signal.SIGINT)]
+)
 def test_a_signal_at_any_event_loses_nothing(straight, tmp_path, event, number):
     step = 4 if event == "on_save" else 5
     saves = {"save_strategy": "steps", "save_steps": 4}

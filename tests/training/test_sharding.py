@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from diffusers import FluxTransformer2DModel
-from helpers import build_pipeline, logged, make_trainer, redness, small_config
+from helpers import build_pipeline, logged, make_trainer, once, redness, small_config
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -24,7 +24,6 @@ from diffusers_mixgrpo.training.plan import plan_iteration
 from diffusers_mixgrpo.training.sharding import check_launch
 
 
-pytestmark = pytest.mark.xdist_group("sharding")  # one test process, so one launch
 TESTS = Path(__file__).parents[1]
 KINDS = ["lora", "full"]
 # ZeRO-2 first, since ZeRO-3 replaces `torch.nn.functional.linear`
@@ -47,24 +46,24 @@ FSDP = {
 }
 
 
-def launch(folder: Path, *shardings: str) -> Path:
+def launch(folder: Path, *shardings: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([*command, str(folder), *shardings], env=environment, capture_output=True, text=True)
+    command += [str(folder), *shardings]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.fixture(scope="module")
 def fsdp(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("fsdp"), "fsdp2")
+    return once(tmp_path_factory, "fsdp", lambda folder: launch(folder, "fsdp2"))
 
 
 @pytest.fixture(scope="module")
 def deepspeed(tmp_path_factory):
     pytest.importorskip("deepspeed")
-    return launch(tmp_path_factory.mktemp("deepspeed"), *DEEPSPEED)
+    return once(tmp_path_factory, "deepspeed", lambda folder: launch(folder, *DEEPSPEED))
 
 
 @pytest.fixture(params=["fsdp2", *DEEPSPEED])

@@ -5,6 +5,7 @@ A checkpoint is written into `_saving`, flushed to the disk, and renamed. `train
 folder of another program that has none was not finished. The Hub's uploads leave out names that begin with `_`.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -45,7 +46,9 @@ def publish(final: str | os.PathLike) -> None:
         os.rename(final, replaced)
     os.rename(staged, final)
     _flush(final.parent)
-    clean_up(final.parent)
+    shutil.rmtree(replaced.parent, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another rank may still be writing there
+        os.rmdir(staged.parent)
 
 
 def clean_up(folder: str | os.PathLike) -> None:

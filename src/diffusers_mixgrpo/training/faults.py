@@ -12,8 +12,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 
+PATIENCE_SECONDS = 5.0
 _POLL_SECONDS = 0.1
-_SECONDS_TO_A_CAUSE = 3.0
 
 
 class RankError(RuntimeError):
@@ -44,7 +44,8 @@ class FaultBoard:
         if self._store is None:
             return None
         if is_collective_error(error):
-            self._wait_for_a_cause()
+            # It comes moments after another rank's error, which is the one to show.
+            self.wait_for("first")
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno}) {where}"
         first = self._store.compare_set("first", "", f"{self.rank}|{text}").decode()
@@ -56,15 +57,16 @@ class FaultBoard:
         if self._store is not None:
             self._store.set(name, "done")
 
-    def is_announced(self, name: str) -> bool:
-        """Whether a rank has announced it."""
-        return self._store is not None and self._store.check([name])
-
-    def _wait_for_a_cause(self) -> None:
-        """A collective fails moments after another rank's error, which is the one to show."""
-        end = time.monotonic() + _SECONDS_TO_A_CAUSE
-        while not self.is_announced("first") and time.monotonic() < end:
+    def wait_for(self, name: str) -> bool:
+        """Whether a rank announces it within some seconds, or has done so."""
+        if self._store is None:
+            return False
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not self._store.check([name]):
+            if time.monotonic() > end:
+                return False
             time.sleep(_POLL_SECONDS)
+        return True
 
 
 def is_collective_error(error: BaseException) -> bool:
