@@ -191,6 +191,7 @@ def main(folder: Path, fault: str) -> None:
         if rank == 0:
             sums = {name: w.double().abs().sum().item() for name, w in trained(trainer).items()}
             (folder / f"{name}.json").write_text(json.dumps([sums, logged(trainer, "reward")]))
+    trainer.accelerator.end_training()  # or one rank may abort when another is gone
 
 
 if __name__ == "__main__":
