@@ -41,8 +41,14 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
     no_compile = "it would compile the model for training and not for sampling, and their log-probs would differ"
     no_compile += " by rounding; use compile_repeated_blocks=True"
     no_tokens = "the model has no tokens"
+    # Older versions of transformers do not have these.
+    newer = {
+        "activation_checkpointing_kwargs": optional(must_be.MAPPING),
+        "dataloader_multiprocessing_context": optional(must_be.choice(multiprocessing.get_all_start_methods())),
+    }
     return must_be.rules_of(
         cls,
+        **{name: rule for name, rule in newer.items() if hasattr(cls, name)},
         # The sampler
         height=integer(1, 2**14),
         width=integer(1, 2**14),
@@ -101,7 +107,6 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
         gradient_accumulation_steps=count,
         dataloader_num_workers=integer(0, 1024),
         dataloader_prefetch_factor=optional(count),
-        dataloader_multiprocessing_context=optional(must_be.choice(multiprocessing.get_all_start_methods())),
         remove_unused_columns=only(False, "True would remove 'prompt' and the columns that reward functions need"),
         auto_find_batch_size=only(
             False,
@@ -146,7 +151,6 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
         log_level_replica=must_be.choice(trainer_log_levels),
         debug=_debug_options(),
         resume_from_checkpoint=optional(must_be.any_of(must_be.PATH, must_be.SWITCH)),
-        activation_checkpointing_kwargs=optional(must_be.MAPPING),
         gradient_checkpointing_kwargs=optional(must_be.MAPPING),
         accelerator_config=optional(must_be.any_of(settings_file, must_be.rule_of(AcceleratorConfig))),
         fsdp=optional(

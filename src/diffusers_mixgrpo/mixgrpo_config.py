@@ -583,7 +583,7 @@ class MixGRPOConfig(TrainingArguments):
             raise ValueError("`fp16` must be False on a CPU, which has no kernels for it, got True. Use `bf16`.")
         if self.dataloader_num_workers == 0:
             for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
-                if value := getattr(self, name):
+                if value := getattr(self, name, None):
                     raise ValueError(
                         f"`{name}` must be at its default with dataloader_num_workers=0, got {value!r}. Leave it out, "
                         "or set `dataloader_num_workers` to 1 or more."
