@@ -244,7 +244,8 @@ def test_two_processes_killed_at_each_point_of_a_save(tmp_path, rank):
         found = Path(find_checkpoint(True, output))
         assert contents(found)["trainer_state.json"] in ([2, 4] if done.returncode else [4])
         assert "optimizer.pt" in contents(found) and "pytorch_lora_weights.safetensors" in contents(found)
-        if found.name == "checkpoint-4":  # whole also in what the second process wrote
+        if found.name == "checkpoint-4" and (rank == 0 or done.returncode == 0):
+            # Whole also in what the second process wrote. If that one is killed, the first saves without it.
             assert {"rng_state_0.pth", "rng_state_1.pth"} <= contents(found).keys()
         if done.returncode == 0:
             break
