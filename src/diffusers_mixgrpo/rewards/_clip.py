@@ -1,5 +1,6 @@
 """Shared parts of the rewards built on CLIP: batching, prompt embeddings, and loading weights."""
 
+import abc
 import pickle
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 
-class BatchedReward:
+class BatchedReward(abc.ABC):
     """
     Base class of rewards that score images in batches with their own model. A subclass sets `__name__` and implements
     `_score` for one batch.
@@ -78,9 +79,9 @@ class BatchedReward:
             scores += [scored.get(row) for row in range(len(batch))]
         return scores
 
+    @abc.abstractmethod
     def _score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> torch.Tensor:
         """The float32 scores of one batch of RGB images, of shape `(n,)`."""
-        raise NotImplementedError
 
 
 def to_rgb(image: Image.Image | None) -> Image.Image | None:

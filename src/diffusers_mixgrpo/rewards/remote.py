@@ -10,6 +10,7 @@ The reward server has its own JSON format, because an OpenAI-compatible chat API
 Requests contain `Authorization: Bearer <token>` if a token is set in the environment.
 """
 
+import abc
 import asyncio
 import base64
 import io
@@ -48,7 +49,7 @@ class RemoteRewardError(RuntimeError):
     """The reason why a server returned no score. Contains neither the API key nor image data."""
 
 
-class HTTPReward:
+class HTTPReward(abc.ABC):
     """
     Base class of rewards that query a server. It handles batching, concurrency, timeouts, retries and the API key.
 
@@ -172,13 +173,13 @@ class HTTPReward:
             )
         return scores
 
+    @abc.abstractmethod
     def _request(self, prompts: Sequence[str], images: list[str], columns: dict[str, list[Any]]) -> dict[str, Any]:
         """The JSON body of the request for a batch; `images` are base64 strings."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _read(self, answer: Any, count: int) -> list[float | None]:
         """The `count` scores in the server's JSON answer. Raises [`RemoteRewardError`] if there are none."""
-        raise NotImplementedError
 
     async def _score_batch(
         self,
