@@ -122,6 +122,11 @@ SWITCHES = (
 
 # Argument -> values that it cannot have, each alone with the defaults of all others
 BAD_VALUES = {
+    "window_last_start": (-1, 1.5, 22, "half"),
+    "loss_type": ("ppo", None),
+    "step_weighting": ("flat", None),
+    "kl_threshold": (0, -1.0),
+    "kl_type": ("noise", None),
     **{name: (*NOT_A_COUNT, None) for name in COUNTS},
     **dict.fromkeys(OPTIONAL_COUNTS, NOT_A_COUNT),
     "num_generations": (1, 0, -12, 12.0, True, "12", None),
@@ -491,3 +496,12 @@ def test_an_unknown_preset():
 def test_an_unknown_argument_of_a_preset():
     with pytest.raises(ValueError, match="`window_sise` must be an argument of MixGRPOConfig.* mean `window_size`?"):
         MixGRPOConfig.from_preset("mixgrpo", window_sise=2)
+
+
+def test_window_last_start(tmp_path):
+    assert make(tmp_path).window_schedule().last_start == 20
+    for given, last in ((0.5, 12), (0.99, 20), (0, 0), (7, 7), (20, 20)):
+        assert make(tmp_path, window_last_start=given).window_schedule().last_start == last
+    with pytest.raises(ValueError, match="`window_start` must be at most window_last_start=3, got 4"):
+        make(tmp_path, window_strategy="frozen", window_start=4, window_last_start=3)
+    make(tmp_path, window_size=-1, window_strategy="frozen", window_last_start=0.5)

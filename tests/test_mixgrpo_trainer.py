@@ -279,6 +279,12 @@ def test_metrics(make):
     for name in [*names, "ratio/max_deviation"]:
         assert len(logged(trainer, name)) == 6, name
     assert logged(trainer, "kl")[0] < 1e-10  # the LoRA begins at the reference
+    # By place of the window, the gradient before clipping
+    for place in ("00", "01", "02"):
+        assert len(logged(trainer, f"reward_std_by_window/{place}")) == 1
+        assert len(logged(trainer, f"clip_ratio_by_window/{place}")) == 2
+    norms = [norm for place in ("00", "01", "02") for norm in logged(trainer, f"grad_norm_by_window/{place}")]
+    assert norms == pytest.approx(logged(trainer, "grad_norm"), rel=1e-5)
     json.dumps(trainer.state.log_history)
 
 

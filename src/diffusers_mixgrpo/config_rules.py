@@ -15,6 +15,8 @@ from transformers.training_args import trainer_log_levels
 
 from . import argument_rules as must_be
 from .core.advantages import AGGREGATIONS, SCALINGS
+from .core.objectives import KL_TYPES, LOSS_TYPES
+from .core.step_weights import STEP_WEIGHTINGS
 from .core.window_schedule import WindowStrategy
 from .scheduling_mixed_ode_sde import SCHEDULER_RULES
 
@@ -68,6 +70,12 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
         window_decay_rate=number(0),
         window_decay_start=integer(0),
         window_min_interval=count,
+        window_last_start=optional(
+            must_be.Rule(
+                "a share in (0, 1) or an integer of 0 or more",
+                lambda value: number(0).holds(value) and (value < 1 or value == int(value)),
+            )
+        ),
         window_train_fraction=share,
         # The rewards
         reward_weights=optional(must_be.list_of(number(-1e6, 1e6))),
@@ -85,7 +93,11 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
         num_iterations=count,
         epsilon=clip_range,
         epsilon_high=optional(clip_range),
+        loss_type=must_be.choice(LOSS_TYPES),
+        step_weighting=must_be.choice(STEP_WEIGHTINGS),
+        kl_threshold=number(0, 1e6, above=True),
         beta=number(0, 1e6),
+        kl_type=must_be.choice(KL_TYPES),
         replay_top_k=optional(count),
         replay_batch_size=optional(count),
         max_nonfinite_steps=count,

@@ -116,6 +116,10 @@ class MixGRPOConfig(TrainingArguments):
             `l0` of `"exp_decay"`.
         window_min_interval (`int`, defaults to 1):
             Iterations in the last place of `"linear_decay"`, which starts with `window_interval`.
+        window_last_start (`float`, *optional*):
+            Last place at which a window may start, as a step or, below 1, as a share of `num_inference_steps`, rounded
+            down: 0.5 bounds the window to starts in the first half. `None`: the last legal one,
+            `num_inference_steps - 1 - window_size`.
         window_train_fraction (`float`, defaults to 1.0):
             Share of the window's steps that are trained, drawn anew in each iteration (DanceGRPO: 0.6).
 
@@ -159,9 +163,22 @@ class MixGRPOConfig(TrainingArguments):
             clipped. For the same trust region, use `13 / number of latent elements`.
         epsilon_high (`float`, *optional*):
             Upper clip range, `epsilon` if `None`.
+        loss_type (`str`, defaults to `"grpo"`):
+            `"grpo"` clips the ratio (MixGRPO, Flow-GRPO, DanceGRPO); `"grpo_guard"` clips a ratio that is centered and
+            has the same scale at all steps; `"dppo"` does not clip, and drops updates that would raise the exact KL
+            divergence from the sampling policy where it is above `kl_threshold`. See [`~core.objectives`].
+        step_weighting (`str`, defaults to `"none"`):
+            Weights of the steps' losses, with mean 1 over the steps that are trained: `"none"`, as published;
+            `"rectified"`, so that the gradients of all steps are equally large; `"noise"`, the noise of the step. See
+            [`~core.step_weights.step_weights`].
+        kl_threshold (`float`, defaults to 1e-5):
+            Trust region of `loss_type="dppo"`, in nats per latent element. As `epsilon`, it depends on the image size.
         beta (`float`, defaults to 0.0):
-            Coefficient of the exact KL divergence of a window step from the reference model, also a mean over latent
-            elements. The reference is the model without its LoRA, or a frozen copy in full fine-tuning. 0 needs none.
+            Coefficient of a divergence from the reference model. The reference is the model without its LoRA, or a
+            frozen copy in full fine-tuning. 0 needs none.
+        kl_type (`str`, defaults to `"transition"`):
+            That divergence: `"transition"`, the exact KL divergence of a window step, a mean over latent elements; or
+            `"velocity"`, the mean squared difference of the velocities, which weighs all steps alike.
         replay_top_k (`int`, *optional*):
             Replay only the images with the `k` highest and the `k` lowest advantages of each group. An approximation;
             `None` replays all images whose advantage is not 0.
@@ -292,6 +309,9 @@ class MixGRPOConfig(TrainingArguments):
     window_decay_rate: float = field(default=0.1, metadata={"help": "k of exp_decay."})
     window_decay_start: int = field(default=13, metadata={"help": "l0 of exp_decay."})
     window_min_interval: int = field(default=1, metadata={"help": "Iterations in the last place of linear_decay."})
+    window_last_start: float | None = field(
+        default=None, metadata={"help": "Last start of the window: a step, or a share of the steps below 1."}
+    )
     window_train_fraction: float = field(default=1.0, metadata={"help": "Share of the window's steps trained."})
 
     # The rewards
@@ -325,7 +345,15 @@ class MixGRPOConfig(TrainingArguments):
         metadata={"help": "Clip range of the ratio of mean log-probs per latent element; about 13 / latent elements."},
     )
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range; epsilon if not set."})
+    loss_type: str = field(default="grpo", metadata={"help": "The objective: grpo, grpo_guard or dppo."})
+    step_weighting: str = field(
+        default="none", metadata={"help": "Weights of the steps' losses: none, rectified or noise."}
+    )
+    kl_threshold: float = field(default=1e-5, metadata={"help": "Trust region of dppo, in nats per latent element."})
     beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL divergence from the reference model."})
+    kl_type: str = field(
+        default="transition", metadata={"help": "Divergence from the reference: of the transition or the velocity."}
+    )
     replay_top_k: int | None = field(
         default=None, metadata={"help": "Replay only the k highest and k lowest advantages of each group."}
     )
@@ -475,7 +503,15 @@ class MixGRPOConfig(TrainingArguments):
             decay_rate=self.window_decay_rate,
             decay_start=self.window_decay_start,
             min_interval=self.window_min_interval,
+            last=self._last_start(),
         )
+
+    def _last_start(self) -> int | None:
+        bound = self.window_last_start
+        if bound is None:
+            return None
+        legal = 0 if self.window_size == -1 else self.num_inference_steps - 1 - self.window_size
+        return min(legal, int(bound * self.num_inference_steps)) if 0 < bound < 1 else int(bound)
 
     def scheduler_arguments(self) -> dict[str, Any]:
         """The arguments of [`MixedODESDEScheduler`] in training, with the window of the first iteration."""
@@ -559,6 +595,18 @@ class MixGRPOConfig(TrainingArguments):
             raise ValueError(
                 f"`window_start` must be 0 with window_strategy={self.window_strategy!r}, which moves the window, got "
                 f"{self.window_start}. Use window_strategy='frozen' for a window that stays there."
+            )
+        legal = 0 if self.window_size == -1 else last - self.window_size
+        if self.window_last_start is not None and (self._last_start() or 0) > legal:
+            raise ValueError(
+                f"`window_last_start` must be at most {legal} with num_inference_steps={self.num_inference_steps} and "
+                f"window_size={self.window_size}, got {self.window_last_start}: later windows would hold the last "
+                "step. Use a smaller one, or None for all places."
+            )
+        if self.window_last_start is not None and self.window_start > (self._last_start() or 0):
+            raise ValueError(
+                f"`window_start` must be at most window_last_start={self.window_last_start}, got {self.window_start}."
+                " Change one of them."
             )
         if self.window_strategy == "linear_decay" and self.window_min_interval > self.window_interval:
             raise ValueError(

@@ -1,5 +1,6 @@
 """[`MixGRPOTrainer`]: online reinforcement learning of a flow-matching pipeline on a sliding window of steps."""
 
+import math
 import os
 import shutil
 import signal
@@ -37,8 +38,8 @@ from .training.engine import Engine, Rollout, TrainingBatch, make_scheduler
 from .training.faults import FaultBoard, RankError
 from .training.interruptions import Interruptions, StopOnAllRanks
 from .training.memory import find_pass_size
-from .training.metrics import MetricBuffer
-from .training.nonfinite import NonFiniteError, NonFiniteSteps, finite_gradient, finite_weights
+from .training.metrics import MetricBuffer, by_place
+from .training.nonfinite import NonFiniteError, NonFiniteSteps, finite_weights, gradient_norm
 from .training.plan import IterationPlan, PromptDataset, PromptSampler, Row, prompts_of_run
 from .training.preflight import preflight
 from .training.preflight_report import PreflightReport
@@ -298,14 +299,16 @@ class MixGRPOTrainer(Trainer):
         trained = self.engine.backward(
             self.rollout, images, model, self._pass_size, self.current_gradient_accumulation_steps
         )
+        plan = self.rollout.plan
         for training_pass in trained.passes:
             self.metrics.add(training_pass.statistics)
+            self.metrics.add(by_place({"clip_ratio": training_pass.statistics["clip_ratio/region_mean"]}, plan))
             if batch < args.gradient_accumulation_steps:
                 # Before the iteration's first update, so this is the effect of precision alone.
                 deviation = training_pass.statistics["ratio/max_deviation"]
                 self.metrics.add({"ratio/on_policy_max_deviation": deviation})
         if self.accelerator.sync_gradients:
-            self._drop_nonfinite_step(self.rollout, trained)
+            self._look_at_gradient(self.rollout, trained)
         self._batches_done += 1
         if batch == args.batches_per_iteration - 1:
             self.metrics.add({f"time/{phase}": seconds for phase, seconds in self.engine.timer.pop().items()})
@@ -332,6 +335,7 @@ class MixGRPOTrainer(Trainer):
             return restored
         rollout = self.engine.roll_out(plan, self._inference_model)
         self.metrics.add(rollout.statistics)
+        self.metrics.add(by_place({"reward_std": rollout.statistics["reward_std"]}, plan))
         if count := int(rollout.statistics["nonfinite/images"]):
             logger.warning(
                 f"Step {self.state.global_step}: {count} images of iteration {plan.iteration} were infinite or NaN "
@@ -354,9 +358,17 @@ class MixGRPOTrainer(Trainer):
             return None
         return restored
 
-    def _drop_nonfinite_step(self, rollout: Rollout, trained: TrainingBatch) -> None:
-        """Leave the weights alone where the gradient is infinite or NaN. All ranks see the same gradient."""
-        finite = finite_gradient(self.engine.trained_parameters)
+    def _look_at_gradient(self, rollout: Rollout, trained: TrainingBatch) -> None:
+        """
+        Log the gradient's norm before clipping, and leave the weights alone where it is infinite or NaN.
+
+        All ranks see the same gradient.
+        """
+        norm = gradient_norm(self.engine.trained_parameters)
+        finite = norm is None or math.isfinite(norm)
+        if finite and norm is not None:
+            scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+            self.metrics.add(by_place({"grad_norm": norm / scale}, rollout.plan))
         if not finite:
             images = torch.cat([p.images[~p.losses.isfinite().cpu()] for p in trained.passes]).unique()
             prompts = sorted({rollout.rows[i]["prompt"] for i in images.tolist()})

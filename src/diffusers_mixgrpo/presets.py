@@ -26,6 +26,10 @@ _PAPER: dict[str, Any] = {
     "epsilon": 1e-4,
     "advantage_clip": 5.0,
     "beta": 0.0,
+    "loss_type": "grpo",
+    "step_weighting": "none",
+    "scale_rewards": "group",
+    "window_last_start": None,
     "max_steps": 1200,  # 300 iterations of 4 optimizer steps
 }
 _MIXGRPO = {"sde_type": "flow", "eta": 0.7, "window_strategy": "progressive", "window_size": 4, "window_stride": 1}

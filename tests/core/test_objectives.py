@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from diffusers_mixgrpo.core.objectives import Objective, add_kl_penalty, clipped_objective
+from diffusers_mixgrpo.core.objectives import (
+    Objective,
+    add_kl_penalty,
+    clipped_objective,
+    guarded_objective,
+    masked_objective,
+)
 from diffusers_mixgrpo.core.transitions import gaussian_kl
 
 
@@ -134,7 +140,7 @@ def some_objective(count: int) -> Objective:
 def test_the_penalty_is_beta_times_the_exact_kl(shape, beta):
     means, reference_means, stds = transitions(shape)
     objective = some_objective(shape[0])
-    penalized = add_kl_penalty(objective, means, reference_means, stds, beta)
+    penalized = add_kl_penalty(objective, gaussian_kl(means, reference_means, stds), beta)
     kl = torch.distributions.kl_divergence(
         torch.distributions.Normal(means, stds.expand(shape)),
         torch.distributions.Normal(reference_means, stds.expand(shape)),
@@ -154,13 +160,13 @@ def test_the_penalty_leaves_the_rest_alone():
     means, reference_means, stds = transitions((4, 6, 8))
     objective = some_objective(4)
     before = dict(objective.statistics)
-    penalized = add_kl_penalty(objective, means, reference_means, stds, 0.1)
+    penalized = add_kl_penalty(objective, gaussian_kl(means, reference_means, stds), 0.1)
     assert objective.statistics == before  # the argument is not changed
     assert {name: value for name, value in penalized.statistics.items() if name != "kl"} == before
     assert penalized.ratio is objective.ratio
     # The penalty's gradient adds to that of the clipped objective, which flows on.
     assert penalized.losses.requires_grad
-    same = add_kl_penalty(objective, means, means.detach(), stds, 0.1)
+    same = add_kl_penalty(objective, gaussian_kl(means, means.detach(), stds), 0.1)
     assert torch.equal(same.losses, objective.losses) and same.statistics["kl"] == 0
 
 
@@ -176,8 +182,112 @@ def test_both_gradients_of_a_penalized_objective():
     recorded = (reference_means + 0.1 + std * noise).detach()
     log_probs = -(((recorded - means) / std) ** 2).mean(1) / 2
     objective = clipped_objective(log_probs, log_probs.detach(), advantages, LOW)
-    penalized = add_kl_penalty(objective, means, reference_means, std, beta)
+    penalized = add_kl_penalty(objective, gaussian_kl(means, reference_means, std), beta)
     (gradient,) = torch.autograd.grad(penalized.losses.sum(), shift)
     expected = -advantages * (noise / std).mean(1) + beta * 0.1 / std**2
     torch.testing.assert_close(gradient.squeeze(1), expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(penalized.losses - objective.losses, beta * gaussian_kl(means, reference_means, std))
+
+
+# ---- Guard and mask, for Gaussians whose means have moved ----
+
+
+def moved(move: float, count: int = 6) -> dict[str, torch.Tensor]:
+    """`count` transitions whose means have moved by `move` standard deviations times a direction of its own."""
+    generator = torch.Generator().manual_seed(4)
+    old_means, noise, direction = torch.randn(3, count, 5, 7, generator=generator, dtype=torch.float64)
+    stds = torch.linspace(0.05, 0.8, count, dtype=torch.float64)
+    means = (old_means + move * stds[:, None, None] * direction).requires_grad_()
+    recorded = old_means + stds[:, None, None] * noise
+    per_element = stds[:, None, None]
+    return {
+        "means": means,
+        "old_means": old_means,
+        "recorded": recorded,
+        "stds": stds,
+        "new": torch.distributions.Normal(means, per_element).log_prob(recorded).mean((1, 2)),
+        "old": torch.distributions.Normal(old_means, per_element).log_prob(recorded).mean((1, 2)),
+        "kl": gaussian_kl(means, old_means, per_element),
+        "advantages": torch.tensor([1.0, -2.0, 0.5, -0.1, 3.0, -1.0], dtype=torch.float64),
+        "dts": -torch.linspace(0.01, 0.3, count, dtype=torch.float64),
+    }
+
+
+def guard(t, epsilon, epsilon_high=None):
+    return guarded_objective(t["new"], t["old"], t["advantages"], t["kl"], t["stds"], t["dts"], epsilon, epsilon_high)
+
+
+@pytest.mark.parametrize("move", [0.01, 0.3])
+def test_guard_in_closed_form(move):
+    t = moved(move)
+    objective = guard(t, 0.02, 0.03)
+    # The log-ratio plus the divergence is mean(noise * move) / std, so the std cancels: one spread at all steps.
+    steps = t["means"] - t["old_means"]
+    noise = (t["recorded"] - t["old_means"]) / t["stds"][:, None, None]
+    ratio = torch.exp((noise * steps).mean((1, 2)))
+    torch.testing.assert_close(objective.ratio, ratio.detach(), rtol=1e-10, atol=0)
+    clipped = ratio.clamp(0.98, 1.03)
+    expected = torch.maximum(-t["advantages"] * ratio, -t["advantages"] * clipped) / -t["dts"]
+    torch.testing.assert_close(objective.losses, expected, rtol=1e-10, atol=0)
+    share = ((ratio < 0.98) & (t["advantages"] < 0) | (ratio > 1.03) & (t["advantages"] > 0)).double().mean()
+    assert float(objective.statistics["clip_ratio/region_mean"]) == pytest.approx(float(share))
+    assert (share > 0) == (move > 0.1)
+
+
+def test_guard_takes_out_the_bias_of_the_log_ratio():
+    # Over many noises the mean log-ratio is -KL, and the guard's is 0.
+    generator = torch.Generator().manual_seed(5)
+    count = 200_000
+    noise = torch.randn(count, 1, generator=generator, dtype=torch.float64)
+    means = torch.full((count, 1), 0.5, dtype=torch.float64)
+    std = torch.tensor(1.0, dtype=torch.float64)
+    new = -((noise - means) ** 2).mean(1) / 2
+    old = -(noise**2).mean(1) / 2
+    kl = gaussian_kl(means, torch.zeros_like(means), std)
+    ones = torch.ones(count, dtype=torch.float64)
+    objective = guarded_objective(new, old, ones, kl, ones, -ones, 10.0)
+    error = 0.5 / count**0.5  # the standard error of 0.5 * noise
+    assert abs(float(objective.ratio.log().mean())) < 5 * error
+    assert abs(float((new - old).mean()) + 0.125) < 5 * error
+
+
+@pytest.mark.parametrize("move", [0.01, 0.3])
+def test_mask_in_closed_form(move):
+    t = moved(move)
+    threshold = float(t["kl"].median().detach())
+    objective = masked_objective(t["new"], t["old"], t["advantages"], t["kl"], threshold)
+    ratio = torch.exp(t["new"] - t["old"])
+    torch.testing.assert_close(objective.losses, -t["advantages"] * ratio, rtol=0, atol=0)
+    away = (t["advantages"] * (ratio - 1)).detach() > 0
+    masked = away & (t["kl"].detach() >= threshold)
+    assert bool(masked.any()) and not bool(masked.all())
+    assert float(objective.statistics["clip_ratio/region_mean"]) == pytest.approx(float(masked.double().mean()))
+    (gradient,) = torch.autograd.grad(objective.losses.sum(), t["means"], retain_graph=True)
+    (free,) = torch.autograd.grad((-t["advantages"] * ratio).sum(), t["means"])
+    torch.testing.assert_close(gradient, free.masked_fill(masked[:, None, None], 0), rtol=0, atol=0)
+
+
+def test_all_objectives_agree_at_the_start():
+    """With unmoved means the ratio is 1, and the gradients differ only by the guard's factor std / -dt."""
+    t = moved(0.0)
+    gradients = {}
+    for name, objective in {
+        "grpo": clipped_objective(t["new"], t["old"], t["advantages"], LOW),
+        "guard": guard(t, LOW),
+        "dppo": masked_objective(t["new"], t["old"], t["advantages"], t["kl"], 1e-12),
+    }.items():
+        torch.testing.assert_close(objective.ratio, torch.ones(6, dtype=torch.float64), rtol=0, atol=0)
+        assert objective.statistics["ratio/max_deviation"] == 0
+        assert objective.statistics["clip_ratio/region_mean"] == 0
+        (gradients[name],) = torch.autograd.grad(objective.losses.sum(), t["means"], retain_graph=True)
+    torch.testing.assert_close(gradients["dppo"], gradients["grpo"], rtol=0, atol=0)
+    factor = (t["stds"] / -t["dts"])[:, None, None]
+    torch.testing.assert_close(gradients["guard"], gradients["grpo"] * factor, rtol=1e-12, atol=0)
+
+
+def test_weighted():
+    objective = some_objective(4)
+    weights = torch.tensor([0.5, 1.0, 2.0, 0.5], dtype=torch.float64)
+    weighted = objective.weighted(weights)
+    assert torch.equal(weighted.losses, objective.losses * weights)
+    assert weighted.ratio is objective.ratio and weighted.statistics is objective.statistics

@@ -207,3 +207,21 @@ def test_a_decay_that_underflows_leaves_one_iteration():
 def test_bad_iteration():
     with pytest.raises(ValueError, match="`iteration` must be an integer >= 0, got -1"):
         WindowSchedule().schedule(-1)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_last_start(strategy):
+    for last in (0, 1, 3):
+        schedule = WindowSchedule(strategy, num_inference_steps=9, window_size=3, window_interval=4, last=last)
+        starts = [window.start for window in islice(map(schedule.schedule, range(400)), 400)]
+        assert max(starts) == (0 if strategy == "frozen" else last)
+        assert set(schedule.trained_steps) == {start + i for start in starts for i in range(3)}
+    if strategy != "frozen":
+        assert schedule.sweep_length == sum(stay for _, stay in schedule.stays)
+        assert [start for start, _ in schedule.stays] == [0, 1, 2, 3]
+
+
+def test_last_start_that_is_not_legal():
+    for last in (-1, 6, 2.0, True):
+        with pytest.raises(ValueError, match=r"`last` must be an integer in \[0, 5\], got"):
+            WindowSchedule("progressive", num_inference_steps=9, window_size=3, last=last)

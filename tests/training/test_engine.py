@@ -418,6 +418,78 @@ def test_clipped_transitions_have_no_gradient(make):
         assert objective.statistics["clip_ratio/region_mean"] == moved_as_wanted
 
 
+OBJECTIVES = [("grpo", "rectified"), ("grpo", "noise"), ("grpo_guard", "none"), ("dppo", "rectified")]
+
+
+@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps", "dpm"])
+@pytest.mark.parametrize(("loss_type", "weighting"), OBJECTIVES)
+def test_objectives_at_each_place_of_the_window(make, sde_type, loss_type, weighting):
+    engine = make(sde_type=sde_type, eta=0.5, loss_type=loss_type, step_weighting=weighting, suffix_ratio=0.5)
+    steps = engine._all_transitions()
+    for iteration in range(3):
+        rollout = roll_out(engine, iteration)
+        start = rollout.plan.window.start
+        assert start == iteration
+        batch = engine.backward(rollout, rollout.order)
+        (only,) = batch.passes
+        assert (only.ratio - 1).abs().max() < 1e-5 and only.statistics["clip_ratio/region_mean"] == 0
+        # The step of the window is that of the whole schedule, also where the suffix is shortened.
+        assert torch.equal(rollout.trajectory.transitions.sigmas, steps.sigmas[start : start + 2])
+        weights = engine.step_weights[start + only.steps]
+        if loss_type == "grpo_guard":
+            weights = weights / (steps.sigmas - steps.next_sigmas)[start + only.steps]
+        expected = -rollout.advantages[only.images] * weights
+        torch.testing.assert_close(only.losses, expected, rtol=1e-4, atol=1e-5)
+        assert gradients(engine)
+
+
+def test_step_weights_are_of_the_trained_steps(make):
+    engine = make(step_weighting="rectified", num_inference_steps=9, window_last_start=0.5)
+    assert engine.step_weights.shape == (8,)  # all steps but the last
+    assert float(engine.step_weights[:6].mean()) == pytest.approx(1, rel=1e-6)  # starts 0 to 4, two steps each
+    assert (engine.step_weights.diff() < 0).all()
+    sensitivities = engine._all_transitions().sensitivities()
+    assert (engine.step_weights * sensitivities).std() < 1e-5 * sensitivities.mean()
+    assert (make().step_weights == 1).all()
+
+
+def test_mask_of_dppo_in_training(make):
+    """After a large step in the direction of the gradient, the transitions that have gained have no gradient left."""
+    found = {}
+    for threshold in (1e-9, 1e3):
+        engine = make(loss_type="dppo", kl_threshold=threshold)
+        rollout = roll_out(engine)
+        optimizer = torch.optim.SGD(engine.trained_parameters, lr=1.0)
+        engine.backward(rollout, rollout.order)
+        optimizer.step()
+        optimizer.zero_grad()
+        (only,) = engine.backward(rollout, rollout.order).passes
+        found[threshold] = only.statistics["clip_ratio/region_mean"].item(), gradients(engine)
+        gained = (only.ratio - 1) * rollout.advantages[only.images] > 0
+        assert only.statistics["kl_old"] > 1e-9 and gained.any()
+    assert found[1e-9][0] == gained.float().mean().item() and found[1e3][0] == 0
+    assert any((found[1e-9][1][name] != value).any() for name, value in found[1e3][1].items())
+
+
+def test_the_velocity_kl_term(make):
+    kwargs = {"rewards": lambda prompts, images, **columns: [0.0] * len(images)}
+    engine = make(beta=2.0, kl_type="velocity", **kwargs)
+    rollout = roll_out(engine)
+    batch = engine.backward(rollout, rollout.order)
+    kl = batch.passes[0].statistics["kl"]
+    assert batch.loss.item() == pytest.approx(2.0 * kl.item(), rel=1e-5)
+    trajectory, policy = rollout.trajectory, engine.policy
+    images, steps = trajectory.transition_indices()
+    timesteps = trajectory.transitions.timesteps[steps]
+    conditioning = trajectory.conditioning[trajectory.prompt_indices[images]]
+    sample = trajectory.states[images, steps]
+    velocity = policy.velocity(sample, timesteps, conditioning)
+    policy.pipe.transformer.disable_adapters()
+    reference = policy.velocity(sample, timesteps, conditioning)
+    policy.pipe.transformer.enable_adapters()
+    assert (velocity - reference).square().mean().item() == pytest.approx(kl.item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_the_kl_term(make, lora):
     engine = make(lora=lora, beta=2.0, rewards=lambda prompts, images, **columns: [0.0] * len(images))
@@ -457,6 +529,8 @@ def test_the_kl_term(make, lora):
         {"lora": False, "window_train_fraction": 0.5},
         {"sample_batch_size": 4, "window_strategy": "frozen", "window_start": 1},
         {"bf16": True},
+        {"loss_type": "grpo_guard", "step_weighting": "noise"},
+        {"loss_type": "dppo"},
     ],
     ids=lambda kwargs: "_".join(kwargs) or "lora",
 )

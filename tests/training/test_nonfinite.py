@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from diffusers_mixgrpo import RewardError
-from diffusers_mixgrpo.training.nonfinite import NonFiniteError, NonFiniteSteps, finite_gradient, finite_weights
+from diffusers_mixgrpo.training.nonfinite import NonFiniteError, NonFiniteSteps, finite_weights, gradient_norm
 
 
 # ---- Pieces ----
@@ -19,9 +19,15 @@ from diffusers_mixgrpo.training.nonfinite import NonFiniteError, NonFiniteSteps,
 def test_finite(value, finite):
     parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.tensor([1.0, value])), nn.Parameter(torch.empty(0))]
     assert finite_weights(parameters) == finite
-    assert finite_gradient(parameters)  # there is none
-    parameters[0].grad = torch.tensor([0.0, value, 1.0])
-    assert finite_gradient(parameters) == finite
+
+
+@pytest.mark.parametrize("value, norm", [(4.0, 5.0), (1e18, 1e18), (math.inf, math.inf), (math.nan, math.nan)])
+def test_gradient_norm(value, norm):
+    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2)), nn.Parameter(torch.empty(0))]
+    assert gradient_norm(parameters) is None  # there is no gradient
+    parameters[0].grad = torch.tensor([0.0, value, 0.0])
+    parameters[1].grad = torch.tensor([3.0, 0.0])
+    assert gradient_norm(parameters) == pytest.approx(norm, rel=1e-6, nan_ok=True)
 
 
 def test_steps_in_a_row():

@@ -47,6 +47,7 @@ class Trajectory:
         states (`torch.Tensor` of shape `(B, w + 1, ...)`): Latents before each window step and after the last.
         log_probs (`torch.Tensor` of shape `(B, w)`): Log-prob of each window step when it was sampled, float32.
             Differentiable if the rollout kept its graph.
+        means (`torch.Tensor` of shape `(B, w, ...)`): Mean of each window step when it was sampled, float32.
         transitions ([`Transitions`] of length `w`): The window's steps: noise levels, kind, amount of noise.
         conditioning ([`Conditioning`] of length `P`): The encoded prompts.
         prompt_indices (`torch.LongTensor` of shape `(B,)`): Row of each image in the conditioning.
@@ -57,6 +58,7 @@ class Trajectory:
 
     states: Tensor
     log_probs: Tensor
+    means: Tensor
     transitions: Transitions
     conditioning: Conditioning
     prompt_indices: Tensor
@@ -132,7 +134,7 @@ class Trajectory:
             were finite, of shape `(B,)`. Nothing waits for the device.
         """
         finite = torch.ones(len(self), dtype=torch.bool, device=self.states.device)
-        for tensor in (self.states, self.log_probs, self.latents):
+        for tensor in (self.states, self.log_probs, self.means, self.latents):
             finite &= tensor.detach().isfinite().flatten(1).all(1)
         own = torch.arange(len(self), device=finite.device)
         source = torch.where(finite, own, finite.int().argmax())
@@ -141,6 +143,7 @@ class Trajectory:
                 self,
                 states=self.states[source].nan_to_num(0.0, 0.0, 0.0),
                 log_probs=self.log_probs[source].nan_to_num(0.0, 0.0, 0.0),
+                means=self.means[source].nan_to_num(0.0, 0.0, 0.0),
                 prompt_indices=self.prompt_indices[source],
                 latents=self.latents[source].nan_to_num(0.0, 0.0, 0.0),
             )
@@ -155,6 +158,7 @@ class Trajectory:
             return cls(
                 states=torch.cat([part.states for part in parts]),
                 log_probs=torch.cat([part.log_probs for part in parts]),
+                means=torch.cat([part.means for part in parts]),
                 transitions=first.transitions,
                 conditioning=first.conditioning,
                 prompt_indices=torch.cat([part.prompt_indices for part in parts]),
@@ -261,13 +265,14 @@ def sample_batches(
             rows = rows[:: min(count, num_generations)]  # one row per prompt of the batch
         policy.prepare_scheduler(scheduler)
         sampler = _Sampler(policy, scheduler, transformer, keep_graph, outside_window)
-        states, log_probs, denoised = sampler.sample(
+        states, log_probs, means, denoised = sampler.sample(
             conditioning[rows], latents[rows if is_shared else images], noise[images]
         )
         passes = window.start * len(rows) + (num_steps - window.start) * count
         yield Trajectory(
             states=states,
             log_probs=log_probs,
+            means=means,
             transitions=scheduler.transitions(),
             conditioning=conditioning,
             prompt_indices=prompt_indices[images],
@@ -300,9 +305,10 @@ class _Sampler:
     keep_graph: Collection[int]
     outside_window: Callable[[], contextlib.AbstractContextManager]
 
-    def sample(self, conditioning: Conditioning, latents: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(self, conditioning: Conditioning, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         """
-        Window states `(n, w + 1, ...)`, log-probs `(n, w)` and denoised latents `(n, ...)` of `n` images.
+        Window states `(n, w + 1, ...)`, log-probs `(n, w)`, means `(n, w, ...)` and denoised latents `(n, ...)` of `n`
+        images.
 
         Args:
             conditioning, latents: `n` rows, or fewer that are shared by `n / rows` images each up to the window.
@@ -317,12 +323,14 @@ class _Sampler:
             conditioning = conditioning.repeat_interleave(repeats)
             self.scheduler.repeat_history(repeats)
         # 2. The window, where the images of a group diverge
-        states, log_probs = self._sde_steps(latents, conditioning, noise)
+        states, log_probs, means = self._sde_steps(latents, conditioning, noise)
         # 3. The suffix
         latents = self._ode_steps(states[-1], conditioning, range(window.stop, len(self.scheduler.timesteps)))
         with torch.set_grad_enabled(bool(self.keep_graph)):
-            no_steps = torch.empty(len(latents), 0, device=latents.device)
-            return torch.stack(states, dim=1), torch.stack(log_probs, dim=1) if log_probs else no_steps, latents
+            if not log_probs:
+                no_steps = torch.empty(len(latents), 0, device=latents.device)
+                return torch.stack(states, dim=1), no_steps, torch.empty_like(latents)[:, None][:, :0], latents
+            return torch.stack(states, dim=1), torch.stack(log_probs, dim=1), torch.stack(means, dim=1), latents
 
     def _ode_steps(self, latents: Tensor, conditioning: Conditioning, steps: range) -> Tensor:
         timesteps = self.scheduler.timesteps
@@ -334,17 +342,18 @@ class _Sampler:
 
     def _sde_steps(
         self, latents: Tensor, conditioning: Conditioning, noise: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         timesteps = self.scheduler.timesteps
         states = [latents]
         log_probs: list[Tensor] = []
+        means: list[Tensor] = []
         for offset, index in enumerate(self.scheduler.window):
             if offset in self.keep_graph and offset - 1 not in self.keep_graph:
                 # torch before 2.10 keeps copies of the weights from steps without a graph
                 torch.clear_autocast_cache()
             with torch.set_grad_enabled(offset in self.keep_graph):
                 velocity = self.policy.velocity(latents, timesteps[index], conditioning, self.transformer)
-                next_latents, log_prob, *_ = self.scheduler.step(
+                next_latents, log_prob, mean, *_ = self.scheduler.step(
                     velocity.detach(), timesteps[index], latents, variance_noise=noise[:, offset], return_dict=False
                 )
                 if offset in self.keep_graph:
@@ -352,4 +361,5 @@ class _Sampler:
             latents = next_latents
             states.append(latents)
             log_probs.append(log_prob)
-        return states, log_probs
+            means.append(mean)
+        return states, log_probs, means

@@ -147,6 +147,39 @@ class Transitions:
             sigma_max=self.sigma_max,
         )
 
+    def velocity_coefficients(self) -> Tensor:
+        """
+        How far the mean of each step moves with the velocity, `d mean / d v`: shape `(w,)`, negative.
+
+        A mean is linear in the velocity and the sample together, so this is the mean at `v = 1` and `x = 0`.
+        """
+        return self._at(torch.ones_like(self.sigmas))[0]
+
+    def stds(self) -> Tensor:
+        """The std of each step, of shape `(w,)`."""
+        return self._at(torch.zeros_like(self.sigmas))[1]
+
+    def sensitivities(self) -> Tensor:
+        r"""
+        How strongly the log-prob of each step depends on the velocity, \\(g = |d\,mean / d\,v|\, / std\\): `(w,)`.
+
+        The gradient of one transition's log-prob grows with it. For `flow` it is
+        \\(\sqrt{-\Delta} / s + s \sqrt{-\Delta} (1 - \sigma) / (2 \sigma)\\), which grows 55-fold over 25 steps at
+        shift 3 and eta 0.7: late steps get much larger gradients than early ones.
+        """
+        return self.velocity_coefficients().abs() / self.stds()
+
+    def _at(self, model_output: Tensor) -> tuple[Tensor, Tensor]:
+        return sde_transition(
+            self.sde_type,
+            model_output,
+            torch.zeros_like(model_output),
+            sigma=self.sigmas,
+            sigma_next=self.next_sigmas,
+            eta=self.eta,
+            sigma_max=self.sigma_max,
+        )
+
 
 def gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """
@@ -182,6 +215,24 @@ def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
     """
     mean, mean_ref, std = _upcast(mean, mean_ref, std)
     return ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
+
+
+def velocity_kl(mean: Tensor, mean_ref: Tensor, coefficient: Tensor) -> Tensor:
+    """
+    The mean squared difference of two velocities, `|v - v_ref|^2`, from the means that they lead to.
+
+    The KL divergence of a transition is this times `g^2 / 2` ([`Transitions.sensitivities`]), so it weighs late steps
+    thousands of times more than early ones. Flow-GRPO (https://arxiv.org/abs/2505.05470) penalizes the velocity.
+
+    Args:
+        mean, mean_ref (`torch.Tensor` of shape `(batch, ...)`): Means of the policy and of the reference.
+        coefficient (`torch.Tensor` that broadcasts against `mean`): See [`Transitions.velocity_coefficients`].
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`.
+    """
+    mean, mean_ref, coefficient = _upcast(mean, mean_ref, coefficient)
+    return ((mean - mean_ref) / coefficient).square().flatten(1).mean(1)
 
 
 def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:

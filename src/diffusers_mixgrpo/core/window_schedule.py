@@ -28,8 +28,8 @@ class WindowSchedule:
     A pure function of the iteration. There is no state to save: all ranks agree, and a resumed run goes on where it
     was, for free. A window is never empty and never holds the last step.
 
-    The sweeping strategies visit the starts \\(l = 0, s, 2s, \dots\\) and finally the last legal one, `T - 1 - w`. It
-    is visited even when the stride does not divide it (the last move is then shorter), so that every step that a
+    The sweeping strategies visit the starts \\(l = 0, s, 2s, \dots\\) and finally the last one, `last_start`. It is
+    visited even when the stride does not divide it (the last move is then shorter), so that every step that a
     window may hold is trained. Then they wrap around to 0. They differ in how long the window stays at a start:
 
     - `"progressive"`: \\(\tau\\) iterations.
@@ -37,7 +37,7 @@ class WindowSchedule:
     - `"linear_decay"`: from \\(\tau\\) at \\(l = 0\\) linearly down to \\(\tau_{min}\\) at the last start, rounded to
       the nearest integer.
 
-    The others do not sweep: `"random"` draws one of all legal starts for each iteration, `"frozen"` stays at `start`.
+    The others do not sweep: `"random"` draws one of all starts for each iteration, `"frozen"` stays at `start`.
 
     Args:
         strategy (`str`, defaults to `"progressive"`): One of the five.
@@ -50,6 +50,7 @@ class WindowSchedule:
         decay_rate (`float`, defaults to 0.1): `k` of `exp_decay`, >= 0.
         decay_start (`int`, defaults to 13): `l0` of `exp_decay`, the start up to which the stay is `tau`; >= 0.
         min_interval (`int`, defaults to 1): `tau_min` of `linear_decay`, in [1, tau].
+        last (`int`, *optional*): The last start, in [0, T - 1 - w]. Defaults to the last legal one, `T - 1 - w`.
 
     Raises:
         `ValueError`: For an argument out of its range; the message names it, its value and the range.
@@ -73,6 +74,7 @@ class WindowSchedule:
     decay_rate: float = 0.1
     decay_start: int = 13
     min_interval: int = 1
+    last: int | None = None
 
     def __post_init__(self) -> None:
         if self.strategy not in get_args(WindowStrategy):
@@ -83,6 +85,8 @@ class WindowSchedule:
         _check_int("window_size", self.window_size, 1, self.num_inference_steps - 1)
         _check_int("window_interval", self.window_interval, 1)
         _check_int("window_stride", self.window_stride, 1)
+        if self.last is not None:
+            _check_int("last", self.last, 0, self.num_inference_steps - 1 - self.window_size)
         _check_int("start", self.start, 0, self.last_start if self.strategy == "frozen" else 0)
         _check_int("decay_start", self.decay_start, 0)
         is_number = isinstance(self.decay_rate, numbers.Real) and not isinstance(self.decay_rate, bool)
@@ -114,8 +118,13 @@ class WindowSchedule:
 
     @property
     def last_start(self) -> int:
-        """The last legal start, `T - 1 - w`: after it the window would hold the last step."""
-        return self.num_inference_steps - 1 - self.window_size
+        """The last start: `last`, or `T - 1 - w`, after which the window would hold the last step."""
+        return self.num_inference_steps - 1 - self.window_size if self.last is None else self.last
+
+    @cached_property
+    def trained_steps(self) -> tuple[int, ...]:
+        """The steps that some window holds, in order."""
+        return tuple(sorted({start + i for start, _ in self.stays for i in range(self.window_size)}))
 
     @cached_property
     def stays(self) -> tuple[tuple[int, int], ...]:

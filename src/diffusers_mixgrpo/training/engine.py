@@ -27,9 +27,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..core.advantages import combine_rewards, compute_advantages, keep_extremes, normalize_weights, scored_std
-from ..core.objectives import Objective, add_kl_penalty, clipped_objective
+from ..core.objectives import (
+    Objective,
+    add_kl_penalty,
+    clipped_objective,
+    guarded_objective,
+    masked_objective,
+)
 from ..core.policy import Conditioning
 from ..core.rollout import Trajectory, sample_batches, sample_trajectories
+from ..core.step_weights import step_weights
+from ..core.transitions import Transitions, gaussian_kl, velocity_kl
 from ..mixgrpo_config import MixGRPOConfig
 from ..policies import PipelinePolicy
 from ..policies.accelerations import accelerated_ode
@@ -101,6 +109,7 @@ class Rollout:
             "latent_seeds": self.plan.latent_seeds,
             "states": trajectory.states,
             "log_probs": trajectory.log_probs.detach(),
+            "means": trajectory.means,
             "prompt_indices": trajectory.prompt_indices,
             "latents": trajectory.latents,
             "nfe": trajectory.nfe,
@@ -333,6 +342,7 @@ class Engine:
         trajectory = Trajectory(
             states=saved["states"].to(device),
             log_probs=saved["log_probs"].to(device),
+            means=saved["means"].to(device),
             transitions=self.scheduler.transitions(),
             conditioning=self.encode(plan.prompts),
             prompt_indices=saved["prompt_indices"].to(device),
@@ -516,17 +526,63 @@ class Engine:
         steps = steps.to(device, non_blocking=no_wait)
         old_log_probs = trajectory.log_probs.detach()[images, steps]
         if settings.reuse_rollout_graph:
+            # The weights are those that sampled: nothing has moved yet.
             new_log_probs = trajectory.log_probs[images, steps]
-            return clipped_objective(new_log_probs, old_log_probs, advantages, settings.epsilon, settings.epsilon_high)
+            kl = torch.zeros_like(old_log_probs)
+            return self._policy_objective(new_log_probs, old_log_probs, advantages, kl, rollout, steps)
         with self.autocast():
             replay = trajectory.replay(self.policy, images, steps, transformer)
-        objective = clipped_objective(
-            replay.log_probs, old_log_probs, advantages, settings.epsilon, settings.epsilon_high
-        )
+        kl = gaussian_kl(replay.means, trajectory.means[images, steps], replay.stds)
+        objective = self._policy_objective(replay.log_probs, old_log_probs, advantages, kl, rollout, steps)
         if rollout.reference_means is not None:
             reference_means = rollout.reference_means[images, steps]
-            objective = add_kl_penalty(objective, replay.means, reference_means, replay.stds, settings.beta)
+            if settings.kl_type == "velocity":
+                coefficients = trajectory.transitions.velocity_coefficients()[steps]
+                coefficients = coefficients.reshape(-1, *[1] * (replay.means.ndim - 1))
+                kl = velocity_kl(replay.means, reference_means, coefficients)
+            else:
+                kl = gaussian_kl(replay.means, reference_means, replay.stds)
+            objective = add_kl_penalty(objective, kl, settings.beta)
         return objective
+
+    def _policy_objective(
+        self,
+        new_log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        kl: Tensor,
+        rollout: Rollout,
+        steps: Tensor,
+    ) -> Objective:
+        """The weighted losses of `N` transitions at `steps` of the window, without a penalty."""
+        settings = self.settings
+        log_probs = new_log_probs, old_log_probs, advantages
+        if settings.loss_type == "grpo_guard":
+            transitions = rollout.trajectory.transitions
+            stds = transitions.stds()[steps]
+            dts = (transitions.next_sigmas - transitions.sigmas)[steps]
+            objective = guarded_objective(*log_probs, kl, stds, dts, settings.epsilon, settings.epsilon_high)
+        elif settings.loss_type == "dppo":
+            objective = masked_objective(*log_probs, kl, settings.kl_threshold)
+        else:
+            objective = clipped_objective(*log_probs, settings.epsilon, settings.epsilon_high)
+        return objective.weighted(self.step_weights[rollout.plan.window.start + steps])
+
+    @functools.cached_property
+    def step_weights(self) -> Tensor:
+        """The weight of each step of the uncompressed schedule but the last, on the device."""
+        return step_weights(self.settings.step_weighting, self._all_transitions(), self.window_schedule.trained_steps)
+
+    def _all_transitions(self) -> Transitions:
+        scheduler = MixedODESDEScheduler.from_config(
+            self.scheduler.config,
+            window_start=0,
+            window_size=self.settings.num_inference_steps - 1,
+            prefix_ratio=1.0,
+            suffix_ratio=1.0,
+        )
+        self.policy.prepare_scheduler(scheduler)
+        return scheduler.transitions()
 
     def _backward(self, loss: Tensor) -> None:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:

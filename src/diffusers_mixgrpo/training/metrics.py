@@ -8,9 +8,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from .plan import IterationPlan
+
 
 # Metrics whose largest value is logged instead of the mean
 MAXIMA = ("ratio/max_deviation", "ratio/on_policy_max_deviation")
+
+
+def by_place(values: Mapping[str, float | Tensor], plan: IterationPlan) -> dict[str, float | Tensor]:
+    """Measurements under names that say where the window was: `grad_norm` at step 7 is `grad_norm_by_window/07`."""
+    return {f"{name}_by_window/{plan.window.start:02d}": value for name, value in values.items()}
 
 
 class MetricBuffer:

@@ -1,5 +1,6 @@
 """Infinite and NaN numbers: found before they reach the weights, counted, and reported with their prompts."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -42,26 +43,28 @@ class NonFiniteSteps:
             )
 
 
-def finite_gradient(parameters: Iterable[nn.Parameter]) -> bool:
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float | None:
     """
-    Whether all gradients are finite. Waits for them. With sharded gradients, all ranks must call this function.
+    The 2-norm of all gradients, infinite or NaN if one of them is, or `None` without gradients, as with DeepSpeed.
+
+    Waits for them. With sharded gradients, all ranks must call this function.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return _all_finite(gradients)
+    return _total_norm([parameter.grad for parameter in parameters if parameter.grad is not None], norm_type=2)
 
 
 @torch.no_grad()
 def finite_weights(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether all weights are finite. With sharded weights, all ranks must call this function."""
-    return _all_finite(list(parameters))
+    # The largest absolute value is finite if and only if all values are: NaN propagates.
+    norm = _total_norm(list(parameters), norm_type=math.inf)
+    return norm is None or math.isfinite(norm)
 
 
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
+def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> float | None:
     tensors = [tensor for tensor in tensors if tensor.numel()]  # DeepSpeed leaves empty ones
     if not tensors:
-        return True
-    # The largest absolute value is finite if and only if all values are: NaN propagates.
-    norm = torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))
+        return None
+    norm = torch.nn.utils.get_total_norm(tensors, norm_type=norm_type)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    return bool(norm.isfinite())
+    return float(norm)
