@@ -251,11 +251,10 @@ def check_reload(trainer: MixGRPOTrainer, model: str, examples: list[Example]) -
         pipe.scheduler = pipe.scheduler.from_config(
             pipe.scheduler.config, shift=args.shift, use_dynamic_shifting=False
         )
-    policy = trainer.engine.policy.with_steps(args.eval_num_inference_steps or args.num_inference_steps)
     images = pipe(
         [example.prompt for example in examples],
         generator=[torch.Generator().manual_seed(args.eval_seed + example.index) for example in examples],
-        **policy.call_arguments,
+        **trainer.engine.eval_policy.call_arguments,
     ).images
     difference = 0
     for image, example in zip(images, examples, strict=True):

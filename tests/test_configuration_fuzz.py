@@ -93,6 +93,8 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "shuffle_dataset": SWITCH,
     "cache_prompt_embeds": (False,),
     "eval_num_inference_steps": (None, 1, 2, 5),
+    "eval_height": (None, 32, 64, 33),
+    "eval_width": (None, 48, 2**20),
     "eval_seed": (0, 1, 2**32 - 1, 2**63),
     "logging_images_steps": (None, 1, 2),
     "num_logged_images": COUNT,

@@ -100,6 +100,8 @@ OPTIONAL_COUNTS = (
     "decode_batch_size",
     "replay_batch_size",
     "eval_num_inference_steps",
+    "eval_height",
+    "eval_width",
     "logging_images_steps",
     "replay_top_k",
 )

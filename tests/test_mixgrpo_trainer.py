@@ -253,6 +253,24 @@ def test_evaluation(make):
     assert np.array_equal(pixels(images), pixels(same))
 
 
+def test_evaluation_at_another_size(make):
+    sizes = set()
+
+    def seen(prompts, images, **columns):
+        sizes.update(image.size for image in images)
+        return redness(prompts, images)
+
+    trainer = make(rewards=seen, eval_dataset=PROMPTS, eval_height=64, eval_width=48, max_steps=2)
+    trainer.evaluate()
+    assert sizes == {(48, 64)}
+    assert {image.size for image in trainer.sample_images(["a cat"])} == {(48, 64)}
+    sizes.clear()
+    trainer.train()
+    assert sizes == {(32, 32)}
+    with pytest.raises(ValueError, match="`eval_width` must be a positive multiple of 4 pixels, got 50. Use 48 or 52"):
+        make(eval_width=50)
+
+
 def test_evaluation_during_training(make):
     trainer = make(eval_dataset={"one": PROMPTS[:2], "two": PROMPTS[2:]}, eval_strategy="steps", eval_steps=1)
     trainer.train()

@@ -30,6 +30,7 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
     only = must_be.only
     count = integer(1)
     share = number(0, 1, above=True)
+    image_side = integer(1, 2**14)
     # NumPy's generators and torch's all take these.
     seed = integer(0, 2**32 - 1)
     # A fraction of the run if below 1, steps otherwise
@@ -52,8 +53,8 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
         cls,
         **{name: rule for name, rule in newer.items() if hasattr(cls, name)},
         # The sampler
-        height=integer(1, 2**14),
-        width=integer(1, 2**14),
+        height=image_side,
+        width=image_side,
         num_inference_steps=integer(2, 1000),
         guidance_scale=number(0, 1000),
         max_sequence_length=count,
@@ -103,6 +104,8 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
         max_nonfinite_steps=count,
         # Data, evaluation and logging
         eval_num_inference_steps=optional(integer(1, 1000)),
+        eval_height=optional(image_side),
+        eval_width=optional(image_side),
         eval_seed=seed,
         logging_images_steps=optional(count),
         num_logged_images=count,

@@ -206,6 +206,11 @@ class MixGRPOConfig(TrainingArguments):
             the same encoders only encodes new prompts.
         eval_num_inference_steps (`int`, *optional*):
             Sampling steps in evaluation. `None`: as in training.
+        eval_height (`int`, *optional*):
+            Height in pixels of the images in evaluation and of `sample_images`, with the timestep shift of that size.
+            `None`: as in training.
+        eval_width (`int`, *optional*):
+            Their width.
         eval_seed (`int`, defaults to 0):
             Prompt `i` of the evaluation set is always sampled with seed `eval_seed + i`.
         logging_images_steps (`int`, *optional*):
@@ -374,6 +379,8 @@ class MixGRPOConfig(TrainingArguments):
         metadata={"help": "Encode the prompts beforehand, on disk, and take the text encoders off the device."},
     )
     eval_num_inference_steps: int | None = field(default=None, metadata={"help": "Sampling steps in evaluation."})
+    eval_height: int | None = field(default=None, metadata={"help": "Height of the images in evaluation."})
+    eval_width: int | None = field(default=None, metadata={"help": "Width of the images in evaluation."})
     eval_seed: int = field(default=0, metadata={"help": "Evaluation prompt i is sampled with seed eval_seed + i."})
     logging_images_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps between saved sample grids."}

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from .core.advantages import normalize_weights
 from .mixgrpo_config import MixGRPOConfig
 from .policies import policy_class
+from .policies.base import require_multiple
 from .policies.loading import load_pipeline
 from .policies.preparation import check_prepared, place_components, prepare_pipeline, rename_gradient_checkpointing
 from .policies.prompt_embeds import cache_prompts
@@ -148,6 +149,9 @@ class MixGRPOTrainer(Trainer):
             guidance_scale=args.guidance_scale,
             max_sequence_length=args.max_sequence_length,
         )
+        for name, size in (("eval_height", args.eval_height), ("eval_width", args.eval_width)):
+            if size is not None:
+                require_multiple(name, size, policy.size_multiple)
         scheduler = make_scheduler(self.pipe.scheduler, args)
         set_seed(args.seed)  # the Trainer's own call comes after the LoRA has drawn its weights
         self.weights = prepare_pipeline(policy, peft_config, args)

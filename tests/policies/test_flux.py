@@ -166,12 +166,29 @@ def test_the_policy_of_a_pipeline(shared_pipe):
 
 
 def test_the_same_policy_with_another_number_of_steps(policy):
-    fewer = policy.with_steps(2)
+    fewer = policy.with_sampling(num_inference_steps=2)
     assert fewer.call_arguments == policy.call_arguments | {"num_inference_steps": 2}
     assert policy.num_inference_steps == 4
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(policy.pipe.scheduler.config)
     fewer.prepare_scheduler(scheduler)
     assert len(scheduler.timesteps) == 2
+
+
+def test_the_same_policy_at_another_size(policy, shared_pipe):
+    policy.velocity(
+        policy.initial_latents([0]), torch.tensor(500.0), policy.encode(["a cat"])
+    )  # keeps token positions
+    larger = policy.with_sampling(height=64, width=48)
+    assert larger.call_arguments == policy.call_arguments | {"height": 64, "width": 48}
+    assert larger.latent_shape == (64 * 48 // 16, 16) and policy.latent_shape == (64, 16)
+    latents = larger.initial_latents([0])
+    velocity = larger.velocity(latents, torch.tensor(500.0), larger.encode(["a cat"]))
+    expected = FluxPolicy(shared_pipe, **larger.call_arguments).velocity(
+        latents, torch.tensor(500.0), larger.encode(["a cat"])
+    )
+    assert torch.equal(velocity, expected)
+    with pytest.raises(ValueError, match="`width` must be a positive multiple of 4 pixels, got 50. Use 48 or 52."):
+        policy.with_sampling(width=50)
 
 
 # ---- Rollouts ----

@@ -561,17 +561,35 @@ def test_evaluation_does_not_depend_on_batches(make):
     assert max(np.abs(other - images[0]).max() for other in images) <= 1
 
 
-@pytest.mark.parametrize("kwargs", [{"eval_num_inference_steps": 3}, {"shift": 2.0}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"eval_num_inference_steps": 3}, {"shift": 2.0}, {"eval_height": 64}, {"eval_height": 48, "eval_width": 64}],
+)
 def test_evaluation_images_are_those_of_the_stock_pipeline(make, kwargs):
     engine = make(**kwargs, sde_type="dance", ode_solver="dpmsolver++")
+    list(engine.sample(engine.plan(0, ROWS)))  # at the size of training
     images = engine.sample_images(["a cat", "red"], [7, 8])
     pipe = engine.policy.pipe
     if "shift" in kwargs:
         assert pipe.scheduler.config.use_dynamic_shifting  # the pipeline keeps its own
         changes = {"shift": 2.0, "use_dynamic_shifting": False}
         pipe.register_modules(scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config, **changes))
-    arguments = {"height": 32, "width": 32, "max_sequence_length": 12}
+    arguments = {"height": kwargs.get("eval_height", 32), "width": kwargs.get("eval_width", 32)}
+    arguments["max_sequence_length"] = 12
     arguments["num_inference_steps"] = kwargs.get("eval_num_inference_steps", SMALL["num_inference_steps"])
     generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
     stock = pipe(["a cat", "red"], generator=generators, **arguments).images
     assert np.array_equal(pixels(images), pixels(stock))  # the same passes of the same shapes
+
+
+def test_evaluation_has_the_timestep_shift_of_its_own_size(make):
+    engine = make(eval_height=64)
+    pipe = engine.policy.pipe
+    training, evaluation = (make_scheduler(pipe.scheduler, engine.settings, evaluation=True) for _ in range(2))
+    engine.policy.prepare_scheduler(training)
+    engine.eval_policy.prepare_scheduler(evaluation)
+    steps = {"num_inference_steps": SMALL["num_inference_steps"], "max_sequence_length": 12}
+    pipe("a", height=64, width=32, output_type="latent", **steps)
+    assert torch.equal(evaluation.sigmas, pipe.scheduler.sigmas)
+    # More tokens, a larger shift: more of the steps at high noise
+    assert (evaluation.sigmas[1:-1] > training.sigmas[1:-1]).all()

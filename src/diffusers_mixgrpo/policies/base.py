@@ -6,7 +6,6 @@ a rollout without a window is the stock pipeline's image bit for bit.
 """
 
 import abc
-import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -67,7 +66,7 @@ class PipelinePolicy(abc.ABC):
         self.height = default_size if height is None else height
         self.width = default_size if width is None else width
         for name, size in (("height", self.height), ("width", self.width)):
-            _require_multiple(name, size, self.size_multiple)
+            require_multiple(name, size, self.size_multiple)
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be 1 or more, got {num_inference_steps}.")
         if not 1 <= max_sequence_length <= self.longest_sequence:
@@ -154,11 +153,20 @@ class PipelinePolicy(abc.ABC):
             "max_sequence_length": self.max_sequence_length,
         }
 
-    def with_steps(self, num_inference_steps: int) -> "PipelinePolicy":
-        """The same policy with another number of denoising steps."""
-        policy = copy.copy(self)
-        policy.num_inference_steps = num_inference_steps
-        return policy
+    def with_sampling(
+        self, num_inference_steps: int | None = None, height: int | None = None, width: int | None = None
+    ) -> "PipelinePolicy":
+        """
+        The same policy with another number of denoising steps or another image size; `None` keeps its own.
+
+        A timestep shift that depends on the image size is that of the new size.
+
+        Raises:
+            `ValueError`: If the pipeline has no images of this size.
+        """
+        changes = {"num_inference_steps": num_inference_steps, "height": height, "width": width}
+        given = {name: value for name, value in changes.items() if value is not None}
+        return type(self)(self.pipe, **(self.call_arguments | given))
 
     def initial_latents(self, seeds: Sequence[int | torch.Generator]) -> Tensor:
         """
@@ -225,7 +233,8 @@ def _require_flow_velocity(scheduler: SchedulerMixin) -> None:
     )
 
 
-def _require_multiple(name: str, size: int, multiple: int) -> None:
+def require_multiple(name: str, size: int, multiple: int) -> None:
+    """Raise a `ValueError` unless the image size `size`, of the argument `name`, is a positive multiple."""
     if size > 0 and size % multiple == 0:
         return
     lower = max(multiple, size // multiple * multiple)

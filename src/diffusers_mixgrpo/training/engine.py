@@ -153,6 +153,7 @@ class Engine:
         weights ([`TrainedWeights`]): Which weights of the transformer are trained.
 
     Attributes:
+        eval_policy ([`PipelinePolicy`]): The policy with the number of steps and the image size of evaluations.
         encode (`Callable`): Prompts to [`Conditioning`]. The policy's own method, unless replaced by
             [`~policies.prompt_embeds.CachedPrompts.encode`].
         timer ([`PhaseTimer`]): Seconds of the phases `sampling`, `decoding`, `reward` and `training`.
@@ -168,6 +169,9 @@ class Engine:
         weights: TrainedWeights,
     ) -> None:
         self.policy = policy
+        self.eval_policy = policy.with_sampling(
+            settings.eval_num_inference_steps, settings.eval_height, settings.eval_width
+        )
         self.scheduler = scheduler
         self.settings = settings
         self.rewards = rewards
@@ -247,19 +251,20 @@ class Engine:
                 return
             trajectory, finite = trajectory.without_nonfinite()
             with self.timer.phase("decoding"):
-                images = self.decode(trajectory.latents, settings.decode_batch_size or settings.sample_batch_size)
+                size = settings.decode_batch_size or settings.sample_batch_size
+                images = self.decode(self.policy, trajectory.latents, size)
             yield SampledBatch(trajectory, images, finite)
 
     def _place_window(self, plan: IterationPlan) -> None:
         start, size = plan.window
         self.scheduler = MixedODESDEScheduler.from_config(self.scheduler.config, window_start=start, window_size=size)
 
-    def decode(self, latents: Tensor, batch_size: int | None) -> list[Image.Image]:
-        """Images from denoised latents, with the VAE on the device."""
-        vae = self.policy.pipe.vae
+    def decode(self, policy: PipelinePolicy, latents: Tensor, batch_size: int | None) -> list[Image.Image]:
+        """Images from denoised latents of `policy`, with the VAE on the device."""
+        vae = policy.pipe.vae
         is_offloaded = self.settings.offload_vae and not hasattr(vae, "_hf_hook")
         with offload_models(vae, device=self.settings.device, offload=is_offloaded):
-            return self.policy.decode(latents, batch_size)
+            return policy.decode(latents, batch_size)
 
     @torch.no_grad()
     def reference_means(
@@ -655,7 +660,7 @@ class Engine:
             `list[PIL.Image.Image]` of length `n`: those of the stock pipeline with the same prompts and generators.
         """
         settings = self.settings
-        policy = self.policy.with_steps(settings.eval_num_inference_steps or settings.num_inference_steps)
+        policy = self.eval_policy
         scheduler = make_scheduler(policy.pipe.scheduler, settings, evaluation=True)
         images: list[Image.Image] = []
         size = settings.per_device_eval_batch_size
@@ -664,7 +669,7 @@ class Engine:
             latents = policy.initial_latents(seeds[start : start + size])
             with self.autocast():
                 trajectory = sample_trajectories(policy, scheduler, conditioning, latents, transformer=transformer)
-            images += self.decode(trajectory.latents, settings.decode_batch_size)
+            images += self.decode(policy, trajectory.latents, settings.decode_batch_size)
         return images
 
     # ---- Ranks ----

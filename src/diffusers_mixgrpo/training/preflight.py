@@ -214,7 +214,7 @@ def _warm_up(engine: Engine, plan: IterationPlan) -> None:
     latents = policy.initial_latents([0]).float()
     with engine.autocast():
         policy.velocity(latents, scheduler.timesteps[:1], engine.encode(plan.prompts[:1]))
-    engine.decode(latents, None)
+    engine.decode(engine.policy, latents, None)
 
 
 def _roll_out(engine: Engine, plan: IterationPlan) -> Rollout:
