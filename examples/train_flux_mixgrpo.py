@@ -48,6 +48,10 @@ class ScriptArguments:
         default_factory=list,
         metadata={"help": "Rewards: a name (hpsv2, pickscore, ...), module:function, a URL, or a CLIP model."},
     )
+    eval_reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Rewards that are never trained on, only called in evaluations; higher must be better."},
+    )
     dataset_name: str | None = flag("Text file with one prompt per line, or a dataset with a column 'prompt'.")
     num_eval_prompts: int | None = flag("Number of held-out prompts. A tenth of all, at most 64, if unset.")
     lora_rank: int = flag("Rank of the LoRA; 0 trains all weights.", 64)
@@ -80,6 +84,7 @@ def main() -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=peft_config,
+        eval_reward_funcs=script.eval_reward_funcs,
     )
     if script.dry_run:
         print(trainer.preflight())

@@ -122,6 +122,7 @@ def make_trainer(
     eval_dataset: Any = None,
     callbacks: Any = None,
     optimizers: Any = (None, None),
+    eval_reward_funcs: Any = None,
     **changes: Any,
 ) -> MixGRPOTrainer:
     """
@@ -138,6 +139,7 @@ def make_trainer(
         peft_config=LoraConfig(r=4, lora_alpha=8) if lora is True else lora or None,
         callbacks=callbacks,
         optimizers=optimizers,
+        eval_reward_funcs=eval_reward_funcs,
     )
 
 

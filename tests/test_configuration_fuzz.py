@@ -96,6 +96,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "eval_height": (None, 32, 64, 33),
     "eval_width": (None, 48, 2**20),
     "eval_seed": (0, 1, 2**32 - 1, 2**63),
+    "hacking_guard": ("off", "warn", "stop", "on"),
     "logging_images_steps": (None, 1, 2),
     "num_logged_images": COUNT,
     "model_init_kwargs": (None, {"revision": "main"}, '{"revision": "main"}'),

@@ -181,6 +181,7 @@ BAD_VALUES = {
     "reward_init_kwargs": ("hpsv2", 3, "{", ["a"]),
     "model_init_kwargs": ("main", 3, "{"),
     "eval_seed": (-1, NAN, 1.5, True, "0", 2**32, None),
+    "hacking_guard": ("on", "Warn", "", True, None),
     # Of TrainingArguments
     "seed": (-1, NAN, 1.5, True, "0", 2**32, None),
     "data_seed": (-1, NAN, "0", 2**32),
@@ -386,6 +387,13 @@ def test_merge_lora_without_a_lora_is_refused_before_anything_is_loaded(tmp_path
             ValueError,
             "`reward_init_kwargs` must be for rewards .* got hpsv2",
         ),
+        (
+            {},
+            {"eval_reward_funcs": ["hpsv2", REWARD]},
+            ValueError,
+            "`eval_reward_funcs` must have other names than `reward_funcs`, got .*:CountedReward in both",
+        ),
+        ({}, {"eval_reward_funcs": [3]}, TypeError, "`eval_reward_funcs` must be names or callables .* got 3"),
     ],
 )
 def test_arguments_of_the_trainer_are_checked_before_anything_is_loaded(
@@ -417,6 +425,9 @@ def test_all_steps_except_the_last(tmp_path):
 def test_the_best_model_is_that_of_the_highest_reward(tmp_path):
     config = make(tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=4, save_steps=4)
     assert config.metric_for_best_model == "reward" and config.greater_is_better
+    config = make(tmp_path, eval_strategy="steps", eval_steps=4)
+    assert config.metric_for_best_model == "reward" and config.greater_is_better
+    assert make(tmp_path).metric_for_best_model is None
 
 
 def test_from_the_command_line(tmp_path):

@@ -107,6 +107,7 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
         eval_height=optional(image_side),
         eval_width=optional(image_side),
         eval_seed=seed,
+        hacking_guard=must_be.choice(("off", "warn", "stop")),
         logging_images_steps=optional(count),
         num_logged_images=count,
         model_init_kwargs=optional(must_be.MAPPING),

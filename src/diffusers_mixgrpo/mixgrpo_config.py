@@ -213,6 +213,10 @@ class MixGRPOConfig(TrainingArguments):
             Their width.
         eval_seed (`int`, defaults to 0):
             Prompt `i` of the evaluation set is always sampled with seed `eval_seed + i`.
+        hacking_guard (`str`, defaults to `"warn"`):
+            What to do when the reward rises on held-out prompts while a reward of `eval_reward_funcs` falls or a
+            statistic of the images moves, compared with the first evaluation: `"warn"`, `"stop"` the training after
+            that evaluation, or `"off"`. See [`~training.hacking_guard.find_alarms`].
         logging_images_steps (`int`, *optional*):
             Save a grid of the samples with their rewards to `output_dir/images` at this interval of optimizer steps.
             `None`: never.
@@ -243,6 +247,8 @@ class MixGRPOConfig(TrainingArguments):
     > [!NOTE]
     > Defaults that differ from [`~transformers.TrainingArguments`]:
     > - as in TRL: `logging_steps=10`, `remove_unused_columns=False` (other columns go to the rewards);
+    > - `metric_for_best_model="reward"` where there are evaluations, so that `save_total_limit` keeps the best
+    >   checkpoint by the reward on held-out prompts;
     > - from the paper: `learning_rate=1e-5` (of full fine-tuning; LoRAs usually take 1e-4 to 3e-4),
     >   `lr_scheduler_type="constant"`, `weight_decay=1e-4`, `per_device_train_batch_size=3`;
     > - `bf16` is on where the GPU supports it and `fp16` is off; `output_dir="mixgrpo"`.
@@ -382,6 +388,10 @@ class MixGRPOConfig(TrainingArguments):
     eval_height: int | None = field(default=None, metadata={"help": "Height of the images in evaluation."})
     eval_width: int | None = field(default=None, metadata={"help": "Width of the images in evaluation."})
     eval_seed: int = field(default=0, metadata={"help": "Evaluation prompt i is sampled with seed eval_seed + i."})
+    hacking_guard: str = field(
+        default="warn",
+        metadata={"help": "When evaluations look as if the reward was exploited: warn, stop or off."},
+    )
     logging_images_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps between saved sample grids."}
     )
@@ -419,6 +429,9 @@ class MixGRPOConfig(TrainingArguments):
             known = [field.name for field in dataclasses.fields(AcceleratorConfig)]
             must_be.check_names(self.accelerator_config, known, "a key of `accelerator_config`")
         needs_metric = self.load_best_model_at_end or self.save_strategy == "best"
+        needs_metric = (
+            needs_metric or self.eval_strategy != "no"
+        )  # so that `save_total_limit` keeps the best checkpoint
         needs_metric = needs_metric or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         if needs_metric and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"  # the Trainer's own fallback, the loss, is meaningless here

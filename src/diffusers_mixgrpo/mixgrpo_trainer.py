@@ -31,12 +31,13 @@ from .policies.trained_weights import gather_trained_weights, load_trained_weigh
 from .reports.model_card import mixgrpo_model_card
 from .reports.sample_grid import save_sample_grid
 from .rewards import load_reward
-from .rewards.runner import RewardError, RewardFunc, RewardRunner, reward_statistics
+from .rewards.runner import RewardError, RewardFunc, RewardRunner, reward_names
 from .training.callbacks import IterationCallback, RewardProgressCallback
 from .training.checkpoints import ROLLOUT_NAME, STATE_NAME, clean_up, find_checkpoint, publish, staging_folder
 from .training.datasets import check_dataset, evaluations
 from .training.engine import Engine, Rollout, TrainingBatch, make_scheduler
 from .training.faults import FaultBoard, RankError
+from .training.hacking_guard import HackingGuard
 from .training.interruptions import Interruptions, StopOnAllRanks
 from .training.memory import find_pass_size
 from .training.metrics import MetricBuffer, by_place
@@ -80,11 +81,15 @@ class MixGRPOTrainer(Trainer):
             As in [`~transformers.Trainer`].
         optimizers (`tuple`, *optional*):
             An optimizer and a learning rate scheduler, as in [`~transformers.Trainer`].
+        eval_reward_funcs (callable or `str`, or a `list` of these, *optional*):
+            Rewards that are never trained on, as `reward_funcs`. They score the same images in evaluations and are not
+            part of `eval_reward`. Higher must be better: one that falls while `eval_reward` rises is an alarm, see
+            [`MixGRPOConfig.hacking_guard`].
 
     Attributes:
         engine ([`~training.engine.Engine`]): Samples, scores and trains the images of an iteration.
-        eval_rewards (`torch.Tensor` of shape `(K, n)`, *optional*): The `K` rewards of each of the `n` prompts in the
-            last evaluation, NaN where an image could not be scored.
+        eval_rewards (`torch.Tensor` of shape `(K, n)`, *optional*): The `K` trained rewards of each of the `n` prompts
+            in the last evaluation, NaN where an image could not be scored.
 
     Raises:
         `ValueError`, `TypeError`, `FileNotFoundError`: If an argument cannot work; the message says how to fix it.
@@ -125,19 +130,27 @@ class MixGRPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        eval_reward_funcs: RewardFunc | str | list[RewardFunc | str] | None = None,
     ) -> None:
         # 1. Refuse what cannot work, before anything large is loaded
         args = MixGRPOConfig() if args is None else args
-        funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-        _check_arguments(args, model, funcs, peft_config)
+        funcs = _as_list(reward_funcs)
+        eval_funcs = [] if eval_reward_funcs is None else _as_list(eval_reward_funcs)
+        _check_arguments(args, model, funcs, eval_funcs, peft_config)
         check_dataset("train_dataset", train_dataset)
         for name, part in evaluations(eval_dataset).items():
             check_dataset(name, part)
 
         # 2. The rewards
         kwargs = args.reward_init_kwargs if isinstance(args.reward_init_kwargs, dict) else {}
-        self.reward_funcs = [load_reward(f, **kwargs.get(f, {})) if isinstance(f, str) else f for f in funcs]
-        rewards = RewardRunner(self.reward_funcs, args.reward_timeout, args.device, args.offload_rewards)
+        self.reward_funcs, self.eval_reward_funcs = (
+            [load_reward(f, **kwargs.get(f, {})) if isinstance(f, str) else f for f in given]
+            for given in (funcs, eval_funcs)
+        )
+        settings = args.reward_timeout, args.device, args.offload_rewards
+        rewards = RewardRunner(self.reward_funcs, *settings)
+        eval_rewards = RewardRunner(self.eval_reward_funcs, *settings) if eval_funcs else None
+        _check_names(rewards.names, eval_rewards.names if eval_rewards is not None else [])
 
         # 3. The pipeline, whose transformer is the model to train
         self.pipe = load_pipeline(model, args, with_lora=peft_config is not None)
@@ -170,11 +183,13 @@ class MixGRPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.engine = Engine(policy, scheduler, args, rewards, self.accelerator, self.weights)
+        self.engine = Engine(policy, scheduler, args, rewards, self.accelerator, self.weights, eval_rewards)
         self.metrics = MetricBuffer(self.accelerator, args.device)
         self.interruptions = Interruptions()
         self._iteration_callback = IterationCallback(self.interruptions)
         self.add_callback(self._iteration_callback)
+        if args.hacking_guard != "off":
+            self.add_callback(HackingGuard)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgressCallback)
         place_components(self.pipe, args, stay=policy.text_encoders if args.cache_prompt_embeds else ())
@@ -276,7 +291,8 @@ class MixGRPOTrainer(Trainer):
         self._pass_size = None
         self._nonfinite_steps = NonFiniteSteps(self.args.max_nonfinite_steps)
         self._iteration_callback.reset()
-        self.engine.rewards.clear()
+        for runner in self.engine.reward_runners:
+            runner.clear()
         self.engine.timer.pop()
         self.metrics.clear()
 
@@ -412,14 +428,19 @@ class MixGRPOTrainer(Trainer):
 
         Returns:
             `dict[str, float]`: `eval_reward` (weighted mean over the rewards) and its standard error `eval_reward_se`,
-            `eval_rewards/<name>/mean`, `.../std` and `.../failed` for each reward, and `eval_runtime` in seconds.
+            `eval_rewards/<name>/mean`, `.../std` and `.../failed` for each reward, means of the image statistics
+            `eval_images/<name>` (see [`~training.image_statistics`]), `eval_runtime` in seconds, and for the trainer's
+            own datasets `eval_alarms`, the number of alarms of `hacking_guard`. Of a `dict` of datasets, those of each
+            with its name (`eval_<dataset>_reward`), and the mean `eval_reward` over the datasets.
         """
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):
             metrics: dict[str, float] = {}
             for name, part in eval_dataset.items():
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
+            rewards = [metrics[f"{metric_key_prefix}_{name}_reward"] for name in eval_dataset]
+            # The metric of the best checkpoint
+            return metrics | ({f"{metric_key_prefix}_reward": sum(rewards) / len(rewards)} if rewards else {})
         if eval_dataset is None:
             raise ValueError(
                 "`eval_dataset` must have rows with a 'prompt', got None. Pass it here or to the trainer."
@@ -427,13 +448,28 @@ class MixGRPOTrainer(Trainer):
         check_dataset("eval_dataset", eval_dataset)
         self._release_signals()
         start = time.perf_counter()
-        self.eval_rewards = self.engine.evaluate(eval_dataset, self._inference_model)
-        metrics = reward_statistics(self.eval_rewards, self.reward_names, self.engine.reward_weights)
+        evaluation = self.engine.evaluate(eval_dataset, self._inference_model)
+        self.eval_rewards = evaluation.rewards
+        metrics = dict(evaluation.statistics)
         metrics["runtime"] = time.perf_counter() - start
+        is_own = any(eval_dataset is part for part in evaluations(self.eval_dataset).values())
+        if is_own and (guard := self._hacking_guard) is not None:
+            metrics["alarms"] = len(guard.judge(metric_key_prefix, evaluation.series, self.args, self.state))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         super().log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @property
+    def _hacking_guard(self) -> HackingGuard | None:
+        # Looked up anew, since the Trainer may replace callbacks when it resumes.
+        return next((part for part in self.callback_handler.callbacks if isinstance(part, HackingGuard)), None)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # Overridden so that an evaluation that stops the run does not take the place of the best one before it.
+        if self.args.hacking_guard == "stop" and any(metrics[name] for name in metrics if name.endswith("_alarms")):
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     def sample_images(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[Image.Image]:
         """
@@ -681,10 +717,24 @@ _PUBLISHED = "published"
 _MERGE_NEEDS_LORA = "`merge_lora` must be False without a LoRA, got True. Pass a `peft_config`, or leave it False."
 
 
+def _as_list(reward_funcs: RewardFunc | str | list[RewardFunc | str]) -> list[RewardFunc | str]:
+    return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+
+
+def _check_names(trained: Sequence[str], others: Sequence[str]) -> None:
+    """Refuse a name of two rewards, which would be one in the logs."""
+    if common := [name for name in others if name in trained]:
+        raise ValueError(
+            f"`eval_reward_funcs` must have other names than `reward_funcs`, got {', '.join(common)} in both. Remove "
+            "it from one of them, or give a function another `__name__`."
+        )
+
+
 def _check_arguments(
     args: MixGRPOConfig,
     model: DiffusionPipeline | str | os.PathLike,
     reward_funcs: Sequence[RewardFunc | str],
+    eval_reward_funcs: Sequence[RewardFunc | str],
     peft_config: PeftConfig | None,
 ) -> None:
     """Refuse arguments that cannot work together."""
@@ -697,9 +747,15 @@ def _check_arguments(
     if args.merge_lora and peft_config is None and isinstance(model, (str, os.PathLike)):
         raise ValueError(_MERGE_NEEDS_LORA)
     if isinstance(args.reward_init_kwargs, dict):
-        if unknown := [name for name in args.reward_init_kwargs if name not in reward_funcs]:
+        known = [*reward_funcs, *eval_reward_funcs]
+        if unknown := [name for name in args.reward_init_kwargs if name not in known]:
             raise ValueError(
-                f"`reward_init_kwargs` must be for rewards among `reward_funcs`={list(reward_funcs)}, got "
+                f"`reward_init_kwargs` must be for rewards among `reward_funcs` and `eval_reward_funcs`, {known}, got "
                 f"{', '.join(unknown)}."
             )
     normalize_weights(args.reward_weights, len(reward_funcs))  # checks their number
+    trained, others = (
+        [name for f in funcs for name in ([f] if isinstance(f, str) else reward_names([f], argument))]
+        for funcs, argument in ((reward_funcs, "reward_funcs"), (eval_reward_funcs, "eval_reward_funcs"))
+    )
+    _check_names(trained, others)

@@ -554,7 +554,7 @@ def test_evaluation_does_not_depend_on_batches(make):
     images = []
     for size in (1, 2, 5):
         engine.settings.per_device_eval_batch_size = size
-        rewards = engine.evaluate(PROMPTS)
+        rewards = engine.evaluate(PROMPTS).rewards
         assert rewards.shape == (2, 5) and (rewards[1] == 1).all()
         images.append(pixels(engine.sample_images([row["prompt"] for row in PROMPTS], range(5))))
         assert rewards[0].tolist() == redness([], [Image.fromarray(image.astype("uint8")) for image in images[-1]])

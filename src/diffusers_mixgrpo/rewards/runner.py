@@ -341,21 +341,22 @@ def _is_async(func: RewardFunc) -> bool:
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
 
 
-def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
+def reward_names(reward_funcs: Sequence[RewardFunc], argument: str = "reward_funcs") -> list[str]:
     """
-    The names of rewards in logs: the function's `__name__` or the object's class, numbered if they coincide.
+    The names of rewards in logs: the function's `__name__` or the object's class, numbered if they coincide. Messages
+    name the `argument` that the rewards are.
 
     Raises:
         `TypeError`: If a reward is not callable.
         `ValueError`: If there is no reward.
     """
     if not reward_funcs:
-        raise ValueError(f"`reward_funcs` must not be empty, got {reward_funcs!r}. Pass at least one reward function.")
+        raise ValueError(f"`{argument}` must not be empty, got {reward_funcs!r}. Pass at least one reward function.")
     names: list[str] = []
     for func in reward_funcs:
         if not callable(func):
             raise TypeError(
-                "`reward_funcs` must be names or callables `reward(prompts, images, **columns) -> list[float | "
+                f"`{argument}` must be names or callables `reward(prompts, images, **columns) -> list[float | "
                 f"None]`, got {func!r}."
             )
         name = getattr(func, "__name__", type(func).__name__)
@@ -448,6 +449,12 @@ def reward_statistics(rewards: torch.Tensor, names: Sequence[str], weights: torc
         "reward": float(combined.nanmean()),
         "reward_se": float(scored_std(combined, dims=(0,))) / max(1, scored) ** 0.5,
     }
+    return statistics | statistics_by_reward(rewards, names)
+
+
+def statistics_by_reward(rewards: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Those of [`reward_statistics`] that each of `K` rewards has by itself, from scores of shape `(K, n)`."""
+    statistics = {}
     for name, scores in zip(names, rewards, strict=True):
         statistics[f"rewards/{name}/mean"] = float(scores.nanmean())
         statistics[f"rewards/{name}/std"] = float(scored_std(scores, dims=(0,)))
