@@ -57,7 +57,8 @@ from report import read_yaml  # noqa: E402
 
 
 METHODS = ("dancegrpo", "flow-grpo", "mixgrpo", "mixgrpo-flash", "mixgrpo-flash-star")
-ABLATIONS = ("window_size", "window_interval", "window_stride", "strategy", "beta", "solver", "top_k", "cache")
+ABLATIONS = ("window_size", "window_interval", "window_stride", "strategy", "beta", "kl", "eta", "group_size")
+ABLATIONS += ("solver", "top_k", "cache")
 # What is changed of the published settings
 REMEDIES: dict[str, dict[str, Any]] = {
     "published": {},
@@ -72,6 +73,9 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "rectified, unscaled": {"step_weighting": "rectified", "scale_rewards": "none"},
     "rectified, bounded": {"step_weighting": "rectified", "window_last_start": 0.5},
 }
+# A reward that ignores the scene, and the true ones
+EXPLOITABLE = [("reward_hacking", "color_share")]
+EXPLOITABLE += [("diffusers_mixgrpo.toy", name) for name in ("toy_reward", "wholly_right", "extra_objects")]
 # Settings of the shared configuration that belong to a method, or that this script sets itself
 METHOD_SETTINGS = ("sde_type", "eta", "ode_solver", "solver_order", "prefix_ratio", "suffix_ratio")
 RUN_SETTINGS = ("max_steps", "output_dir", "logging_steps", "logging_images_steps", "save_strategy", "report_to")
@@ -252,12 +256,13 @@ def method(
 
 
 def ablation(args: CompareArguments, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Scaled MixGRPO with one setting changed. `tau` depends on the window size only."""
-    base = method("mixgrpo", args, shared)
+    """Scaled MixGRPO with the first remedy and one setting changed. `tau` depends on the window only."""
+    base = method("mixgrpo", args, shared, changes=REMEDIES[args.remedies[0]])
     steps = shared["num_inference_steps"]
     if args.ablate == "window_size":
         sizes = {min(size, steps - 1) for size in (1, 2, 4, 6, base["window_size"], steps - 1)}
-        return {f"w = {size}": method("mixgrpo", args, shared, size) for size in sorted(sizes)}
+        changes = REMEDIES[args.remedies[0]]
+        return {f"w = {size}": method("mixgrpo", args, shared, size, changes) for size in sorted(sizes)}
     if args.ablate == "window_interval":
         tau = base["window_interval"]
         return {f"tau = {n}": base | {"window_interval": n} for n in sorted({1, 2, 5, tau, 2 * tau})}
@@ -272,11 +277,31 @@ def ablation(args: CompareArguments, shared: dict[str, Any]) -> dict[str, dict[s
     if args.ablate == "beta":
         # Log-ratio and KL are means over the same elements, so 1 weighs a nat like a standard deviation of reward.
         return {f"beta = {beta:g}": base | {"beta": beta} for beta in (0.0, 0.01, 0.1, 1.0)}
+    if args.ablate == "kl":
+        return _kl_ablation(base)
+    if args.ablate == "eta":
+        return {f"eta = {eta:g}": base | {"eta": eta} for eta in (0.2, 0.4, 0.7, 1.0)}
+    if args.ablate == "group_size":
+        images = images_per_iteration(shared)
+        sizes = [size for size in (2, 4, 6, 8, 12, 24, 48) if images % size == 0]
+        variants = {f"{images // size} x {size}": base | {"num_generations": size} for size in sizes}
+        own = shared["num_generations"]
+        return variants | {f"{images // own} x {own}": base}
     if args.ablate == "top_k":
         return {"all": base} | {f"k = {k}": base | {"replay_top_k": k} for k in (3, 2, 1)}
     if args.ablate == "cache":
         return _cache_ablation(base)
     return _solver_ablation(base)
+
+
+def _kl_ablation(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Both divergences from the reference, against a reward that can be exploited. The true one is only logged."""
+    names = [f"{module}:{name}" for module, name in EXPLOITABLE]
+    base = base | {"reward_funcs": names, "reward_weights": [1.0] + [0.0] * (len(names) - 1)}
+    variants = {"none": base}
+    for kl_type, betas in {"transition": (0.01, 0.1, 1.0), "velocity": (0.1, 1.0, 10.0)}.items():
+        variants |= {f"{kl_type}, {beta:g}": base | {"kl_type": kl_type, "beta": beta} for beta in betas}
+    return variants
 
 
 def _cache_ablation(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -307,9 +332,9 @@ def _solver_ablation(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def find_base(args: CompareArguments, shared: dict[str, Any], variants: dict[str, dict[str, Any]]) -> str:
-    """The variant of an ablation that is MixGRPO as in the comparison of the methods."""
-    base = PRESETS["mixgrpo"] | method("mixgrpo", args, shared)
-    return next(name for name, changes in variants.items() if base | changes == base)
+    """The variant of an ablation that is MixGRPO as in the comparison of the methods, or the first one."""
+    base = PRESETS["mixgrpo"] | method("mixgrpo", args, shared, changes=REMEDIES[args.remedies[0]])
+    return next((name for name, changes in variants.items() if base | changes == base), next(iter(variants)))
 
 
 def prompts(settings: dict[str, Any]) -> dict[str, list[str]]:
@@ -392,7 +417,7 @@ def train(settings: dict[str, Any], progress_bar: tqdm) -> dict[str, Any]:
     steps_per_iteration //= settings.get("gradient_accumulation_steps", 1)
     config_fields = {f.name for f in dataclasses.fields(MixGRPOConfig)}
     texts = prompts(settings)
-    recorder = Recorder(settings["eval_every"], progress_bar)
+    recorder = Recorder(settings["eval_every"], progress_bar, is_lora=settings["lora_rank"] > 0)
     with tempfile.TemporaryDirectory() as folder:  # for the checkpoint of an interrupted trainer
         config = MixGRPOConfig.from_preset(
             settings["preset"],
@@ -431,11 +456,13 @@ class Recorder(TrainerCallback):
     Records the time and the forward passes of each iteration, and the evaluations after every `eval_every` of them.
 
     Times are those of training steps and optimizer steps, without evaluations. Forward passes are those of one image
-    through the transformer: those computed in the rollout, and `TRAINING_PASSES` for each trained step.
+    through the transformer: those computed in the rollout, and `TRAINING_PASSES` for each trained step of a LoRA. All
+    weights need one more, for their gradients.
     """
 
-    def __init__(self, eval_every: int, progress_bar: tqdm) -> None:
+    def __init__(self, eval_every: int, progress_bar: tqdm, is_lora: bool = True) -> None:
         self.eval_every = eval_every
+        self.is_lora = is_lora
         self.progress_bar = progress_bar
         self.iterations: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
@@ -465,7 +492,9 @@ class Recorder(TrainerCallback):
         entry["nfe"] = logs["nfe"]
         entry["nfe_computed"] = logs["nfe_amortized"]
         entry["steps_trained"] = steps_trained
-        entry["passes"] = images * (logs["nfe_amortized"] + passes_per_trained_step(args) * steps_trained)
+        entry["passes"] = images * (
+            logs["nfe_amortized"] + passes_per_trained_step(args, self.is_lora) * steps_trained
+        )
         for name, value in logs.items():
             is_kept = name in ("reward", "window/start", "kl", "clip_ratio/region_mean", "reward_std")
             is_kept = is_kept or "_by_window/" in name
@@ -481,14 +510,14 @@ class Recorder(TrainerCallback):
             point[name] = sum(entry[name] for entry in self.iterations)
         for name in ("reward", "reward_se"):
             point[name] = metrics[f"eval_{name}"]
-        for name in ("wholly_right", "extra_objects"):
+        for name in ("toy_reward", "wholly_right", "extra_objects"):
             point[name] = metrics[f"eval_rewards/{name}/mean"]
         self.evaluations.append(point)
 
 
-def passes_per_trained_step(args: Any) -> float:
+def passes_per_trained_step(args: Any, is_lora: bool = True) -> float:
     """Forward passes that training one step costs, per image of the iteration."""
-    passes: float = (TRAINING_PASSES - args.reuse_rollout_graph) * args.num_iterations
+    passes: float = (TRAINING_PASSES + (not is_lora) - args.reuse_rollout_graph) * args.num_iterations
     if args.replay_top_k:
         passes *= min(1, 2 * args.replay_top_k / args.num_generations)
     if args.beta > 0:

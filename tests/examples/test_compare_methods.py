@@ -214,17 +214,34 @@ def test_the_presets_scaled_to_the_toy(script, tmp_path):
 
 @pytest.mark.parametrize("iterations", [1, 70])
 @pytest.mark.parametrize(
-    "axis", ["window_size", "window_interval", "window_stride", "strategy", "beta", "solver", "top_k", "cache"]
+    "axis",
+    [
+        "window_size",
+        "window_interval",
+        "window_stride",
+        "strategy",
+        "beta",
+        "kl",
+        "eta",
+        "group_size",
+        "solver",
+        "top_k",
+        "cache",
+    ],
 )
 def test_ablations_change_one_thing(script, report, axis, iterations, tmp_path):
     args, shared = arguments(script, ablate=axis, iterations=iterations)
     variants = script.ablation(args, shared)
     base = script.method("mixgrpo", args, shared)
+    if axis == "kl":
+        base = variants["none"]
     assert variants[script.find_base(args, shared, variants)].items() >= base.items()
     allowed = {
         "window_size": {"window_size", "window_interval"},
         "strategy": {"window_strategy", "window_decay_rate", "window_decay_start"},
         "solver": {"ode_solver", "solver_order", "suffix_ratio"},
+        "kl": {"kl_type", "beta"},
+        "group_size": {"num_generations"},
         "top_k": {"replay_top_k"},
         "cache": {"ode_cache"},
     }.get(axis, {axis})
