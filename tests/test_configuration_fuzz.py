@@ -95,6 +95,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "reuse_rollout_graph": SWITCH,
     "replay_batch_size": OPTIONAL_COUNT,
     "max_nonfinite_steps": COUNT,
+    "ema_decay": (None, 0, 0.5, 0.9999, 1),
     "shuffle_dataset": SWITCH,
     "cache_prompt_embeds": (False,),
     "eval_num_inference_steps": (None, 1, 2, 5),

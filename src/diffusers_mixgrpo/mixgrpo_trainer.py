@@ -26,7 +26,12 @@ from .policies import policy_class
 from .policies.loading import load_pipeline
 from .policies.preparation import check_prepared, place_components, prepare_pipeline, rename_gradient_checkpointing
 from .policies.prompt_embeds import cache_prompts
-from .policies.trained_weights import gather_trained_weights, load_trained_weights, save_trained_weights
+from .policies.trained_weights import (
+    EMA_FOLDER,
+    gather_trained_weights,
+    load_trained_weights,
+    save_trained_weights,
+)
 from .reports.model_card import mixgrpo_model_card
 from .reports.sample_grid import save_sample_grid
 from .rewards import load_reward
@@ -34,6 +39,7 @@ from .rewards.runner import RewardError, RewardFunc, RewardRunner, reward_statis
 from .training.callbacks import IterationCallback, RewardProgressCallback
 from .training.checkpoints import ROLLOUT_NAME, STATE_NAME, clean_up, find_checkpoint, publish, staging_folder
 from .training.datasets import check_dataset, evaluations
+from .training.ema import EMAWeights
 from .training.engine import Engine, Rollout, TrainingBatch, make_scheduler
 from .training.faults import FaultBoard, RankError
 from .training.interruptions import Interruptions, StopOnAllRanks
@@ -82,8 +88,9 @@ class MixGRPOTrainer(Trainer):
 
     Attributes:
         engine ([`~training.engine.Engine`]): Samples, scores and trains the images of an iteration.
+        ema ([`~training.ema.EMAWeights`], *optional*): With `ema_decay`, the moving average of the trained weights.
         eval_rewards (`torch.Tensor` of shape `(K, n)`, *optional*): The `K` rewards of each of the `n` prompts in the
-            last evaluation, NaN where an image could not be scored.
+            last evaluation of the trained weights, NaN where an image could not be scored.
 
     Raises:
         `ValueError`, `TypeError`, `FileNotFoundError`: If an argument cannot work; the message says how to fix it.
@@ -168,6 +175,10 @@ class MixGRPOTrainer(Trainer):
         )
         self.engine = Engine(policy, scheduler, args, rewards, self.accelerator, self.weights)
         self.metrics = MetricBuffer(self.accelerator, args.device)
+        self.ema: EMAWeights | None = None
+        if args.ema_decay is not None:
+            self.ema = EMAWeights(self.engine.trained_parameters, args.ema_decay)
+            self.add_callback(self.ema)
         self.interruptions = Interruptions()
         self._iteration_callback = IterationCallback(self.interruptions)
         self.add_callback(self._iteration_callback)
@@ -242,6 +253,8 @@ class MixGRPOTrainer(Trainer):
                 return super().train(self._resumed_from, trial, ignore_keys_for_eval)
             except BaseException as error:
                 with self.interruptions.dropped():
+                    if self.ema is not None:
+                        self.ema.restore()
                     others = None
                     if not isinstance(error, _ON_ALL_RANKS):
                         others = self._faults.report(error, f"after {self.state.global_step} optimizer steps")
@@ -399,7 +412,8 @@ class MixGRPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Mean rewards of the deterministic sampler. Prompt `i` is always sampled with seed `eval_seed + i`.
+        Mean rewards of the deterministic sampler. Prompt `i` is always sampled with seed `eval_seed + i`. With
+        `ema_decay` the moving average of the weights is evaluated too, on the same prompts and seeds.
 
         Args:
             eval_dataset (dataset or `dict` of datasets, *optional*): Defaults to the trainer's.
@@ -409,6 +423,7 @@ class MixGRPOTrainer(Trainer):
         Returns:
             `dict[str, float]`: `eval_reward` (weighted mean over the rewards) and its standard error `eval_reward_se`,
             `eval_rewards/<name>/mean`, `.../std` and `.../failed` for each reward, and `eval_runtime` in seconds.
+            Those of the moving average are `eval_ema_reward`, ....
         """
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):
@@ -422,14 +437,23 @@ class MixGRPOTrainer(Trainer):
             )
         check_dataset("eval_dataset", eval_dataset)
         self._release_signals()
-        start = time.perf_counter()
-        self.eval_rewards = self.engine.evaluate(eval_dataset, self._inference_model)
-        metrics = reward_statistics(self.eval_rewards, self.reward_names, self.engine.reward_weights)
-        metrics["runtime"] = time.perf_counter() - start
+        self.eval_rewards, metrics = self._evaluate_weights(eval_dataset)
+        if self.ema is not None:
+            with self.ema.applied():
+                _, averaged = self._evaluate_weights(eval_dataset)
+            metrics |= {f"ema_{name}": value for name, value in averaged.items()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         super().log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluate_weights(self, dataset: PromptDataset) -> tuple[torch.Tensor, dict[str, float]]:
+        """The rewards of the weights that the model has now, `(K, n)`, and their statistics."""
+        start = time.perf_counter()
+        rewards = self.engine.evaluate(dataset, self._inference_model)
+        metrics = reward_statistics(rewards, self.reward_names, self.engine.reward_weights)
+        metrics["runtime"] = time.perf_counter() - start
+        return rewards, metrics
 
     def sample_images(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[Image.Image]:
         """
@@ -495,6 +519,9 @@ class MixGRPOTrainer(Trainer):
         output_dir = self.args.output_dir if output_dir is None else output_dir
         os.makedirs(output_dir, exist_ok=True)
         save_trained_weights(self.pipe, output_dir, self.weights, state_dict)
+        if self.ema is not None:
+            with self.ema.applied():
+                save_trained_weights(self.pipe, os.path.join(output_dir, EMA_FOLDER), self.weights)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -502,6 +529,18 @@ class MixGRPOTrainer(Trainer):
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_trained_weights(self.pipe, resume_from_checkpoint, self.weights)
+        if self.ema is None:
+            return
+        folder = os.path.join(resume_from_checkpoint, EMA_FOLDER)
+        if os.path.isdir(folder):
+            with self.ema.applied():
+                load_trained_weights(self.pipe, folder, self.weights)
+        else:
+            self.ema.restart()
+            logger.warning(
+                f"{resume_from_checkpoint} has no moving average: it was saved without `ema_decay`. The average "
+                "starts at the weights of the checkpoint."
+            )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         # Overridden to say what the Trainer passes over in silence.
