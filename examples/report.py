@@ -9,6 +9,7 @@ import math
 import os
 import random
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,52 @@ def draw_reward_curve(history: list[dict], output_dir: str) -> None:
     plt.close(figure)
 
 
+def draw_by_window(histories: Mapping[str, list[dict[str, float]]], file: str | os.PathLike) -> bool:
+    """
+    The gradient's norm, the spread of rewards and the share of clipped transitions at each place of the window.
+
+    Args:
+        histories (`dict[str, list[dict]]`): `trainer.state.log_history` of one run or several, by their labels.
+        file (`str` or `os.PathLike`): Where to draw.
+
+    Returns:
+        `bool`: False if no window has moved. Then there is nothing to draw.
+    """
+    panels = {
+        "grad_norm": "gradient norm before clipping",
+        "reward_std": "std of rewards in a group",
+        "clip_ratio": "share of clipped transitions",
+    }
+    curves = {(label, name): _by_window(history, name) for label, history in histories.items() for name in panels}
+    if max(map(len, curves.values()), default=0) < 2:
+        return False
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    for axis, (name, title) in zip(axes, panels.items(), strict=True):
+        for label in histories:
+            curve = curves[label, name]
+            axis.plot(curve.keys(), curve.values(), marker="o", markersize=3, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("first step of the window")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    if len(histories) > 1:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+    return True
+
+
+def _by_window(history: list[dict[str, float]], name: str) -> dict[int, float]:
+    """The mean of a measurement at each place of the window, in the order of the places."""
+    values: dict[int, list[float]] = {}
+    for entry in history:
+        for key, value in entry.items():
+            if key.startswith(f"{name}_by_window/"):
+                values.setdefault(int(key.rsplit("/", 1)[1]), []).append(value)
+    return {place: float(np.mean(values[place])) for place in sorted(values)}
+
+
 def draw_before_after(examples: list[Example], output_dir: str) -> None:
     """`before_after.png`: each prompt's images before and after training, and their rewards."""
     columns = min(4, len(examples))
@@ -339,6 +386,8 @@ def in_words(summary: dict[str, Any], output_dir: str) -> str:
             f"(largest pixel difference: {summary['reload_max_difference']} of 255)."
         )
     names = ["reward_curve.png", "summary.json"]
+    if os.path.exists(os.path.join(output_dir, "by_window.png")):
+        names.insert(1, "by_window.png")
     if summary["eval_prompts"] > 0:
         names.insert(0, "before_after.png")
     files = [os.path.join(output_dir, name) for name in names]

@@ -24,6 +24,7 @@ from peft import LoraConfig
 from report import (
     check_reload,
     draw_before_after,
+    draw_by_window,
     draw_reward_curve,
     evaluate,
     in_words,
@@ -106,6 +107,7 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     draw_reward_curve([{"step": 0, **before.metrics}, *trainer.state.log_history], config.output_dir)
+    draw_by_window({"": trainer.state.log_history}, os.path.join(config.output_dir, "by_window.png"))
     if examples:
         draw_before_after(examples, config.output_dir)
     difference = None

@@ -129,6 +129,7 @@ BAD_VALUES = {
     "step_weighting": ("flat", None),
     "kl_threshold": (0, -1.0),
     "kl_type": ("noise", None),
+    "ema_decay": (0, 1, 1.0, -0.5, NAN, INF, True, "0.99"),
     **{name: (*NOT_A_COUNT, None) for name in COUNTS},
     **dict.fromkeys(OPTIONAL_COUNTS, NOT_A_COUNT),
     "num_generations": (1, 0, -12, 12.0, True, "12", None),
@@ -282,6 +283,10 @@ def test_values_at_the_limits(tmp_path, kwargs):
         ({"optim": "galore_adamw"}, "`optim` must be an installed optimizer .* got 'galore_adamw'"),
         ({"fp16": True}, "`fp16` must be False on a CPU"),
         ({"metric_for_best_model": "loss"}, "`metric_for_best_model` must be .* got 'loss'. Use 'reward'"),
+        (
+            {"metric_for_best_model": "eval_ema_rewards/redness/mean"},
+            "`metric_for_best_model` must .* without `ema_decay`, .* Set `ema_decay`, or use 'rewards/redness/mean'",
+        ),
         ({"dataloader_persistent_workers": True}, "`dataloader_persistent_workers` must .* dataloader_num_workers=0"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}}, "`lr_scheduler_kwargs` must .*cycles"),
         (
@@ -318,6 +323,18 @@ def test_options_that_sharding_excludes(tmp_path, monkeypatch, name, variable, s
     assert make(tmp_path, **ONE_UPDATE).sharding == sharding
     with pytest.raises(ValueError, match=f"`{name}` must be False with {sharding}, .* got True. Leave it"):
         make(tmp_path, **{name: True}, **ONE_UPDATE)
+
+
+@pytest.mark.parametrize(
+    ("variable", "sharding"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_no_moving_average_of_sharded_weights(tmp_path, monkeypatch, variable, sharding):
+    assert make(tmp_path, ema_decay=0.5).ema_decay == 0.5
+    monkeypatch.setenv(variable, "true")
+    if sharding == "DeepSpeed":
+        monkeypatch.setattr(accelerate.utils, "DeepSpeedPlugin", MagicMock())
+    with pytest.raises(ValueError, match=f"`ema_decay` must be None with {sharding}, .* got 0.5. Leave it out, or"):
+        make(tmp_path, ema_decay=0.5)
 
 
 # ---- Bad values in the trainer: before anything large is loaded ----

@@ -3,6 +3,8 @@
     python examples/studies/compare_methods.py --tune_learning_rates 5e-4 1e-3 2e-3
     python examples/studies/compare_methods.py --ablate window_size
     python examples/studies/compare_methods.py --accelerations shared-prefix exact all
+    python examples/studies/compare_methods.py --config examples/configs/toy_25_steps.yaml --lora_rank 0 \
+        --presets mixgrpo dancegrpo --remedies published rectified --iterations 42 --eval_every 14
 
 Writes `results.md`, `results.json`, `results.png` and one file per run. Run the same command again to resume after an
 interruption: finished runs are kept.
@@ -14,6 +16,9 @@ The shared settings are read from `configs/toy.yaml`. A method keeps its publish
 - The window moves every `tau = iterations // (T - w)` iterations (at least 1), so that a run is one sweep over all its
   `T - w` positions. The published 300 iterations, with 25 or 20 per position, end before the last steps.
 - Shares stay as published: DanceGRPO trains 60% of the steps, Flash and Flash* run 40% and 20% of the suffix.
+
+With `remedies`, each method runs with each of these changes (`REMEDIES`) to what is published: how a sweep keeps what
+it gains. A method that trains all steps has no bounded window. `--sweeps 2` moves the window twice over the schedule.
 
 With `accelerations`, the windowed methods run under each of these options, and the baselines under the first one.
 """
@@ -27,8 +32,10 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,7 +57,25 @@ from report import read_yaml  # noqa: E402
 
 
 METHODS = ("dancegrpo", "flow-grpo", "mixgrpo", "mixgrpo-flash", "mixgrpo-flash-star")
-ABLATIONS = ("window_size", "window_interval", "window_stride", "strategy", "beta", "solver", "top_k", "cache")
+ABLATIONS = ("window_size", "window_interval", "window_stride", "strategy", "beta", "kl", "eta", "group_size")
+ABLATIONS += ("solver", "top_k", "cache")
+# What is changed of the published settings
+REMEDIES: dict[str, dict[str, Any]] = {
+    "published": {},
+    "rectified": {"step_weighting": "rectified"},
+    "noise": {"step_weighting": "noise"},
+    "guard": {"loss_type": "grpo_guard"},
+    "dppo": {"loss_type": "dppo"},
+    "batch std": {"scale_rewards": "batch"},
+    "unscaled": {"scale_rewards": "none"},
+    "bounded": {"window_last_start": 0.5},
+    "rectified, batch std": {"step_weighting": "rectified", "scale_rewards": "batch"},
+    "rectified, unscaled": {"step_weighting": "rectified", "scale_rewards": "none"},
+    "rectified, bounded": {"step_weighting": "rectified", "window_last_start": 0.5},
+}
+# A reward that ignores the scene, and the true ones
+EXPLOITABLE = [("reward_hacking", "color_share")]
+EXPLOITABLE += [("diffusers_mixgrpo.toy", name) for name in ("toy_reward", "wholly_right", "extra_objects")]
 # Settings of the shared configuration that belong to a method, or that this script sets itself
 METHOD_SETTINGS = ("sde_type", "eta", "ode_solver", "solver_order", "prefix_ratio", "suffix_ratio")
 RUN_SETTINGS = ("max_steps", "output_dir", "logging_steps", "logging_images_steps", "save_strategy", "report_to")
@@ -70,9 +95,15 @@ class CompareArguments:
         default_factory=lambda: ["shared-prefix"],
         metadata={"help": "Options to run each method under: off, shared-prefix (the default), exact, all."},
     )
+    remedies: list[str] = field(
+        default_factory=lambda: ["published"],
+        metadata={"help": f"Changes to run each method with: {', '.join(REMEDIES)}."},
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each method per seed."})
     iterations: int = flag("Iterations of each run.", 72)
     eval_every: int = flag("Iterations between evaluations, which are not timed.", 9)
+    sweeps: int = flag("Sweeps of the window in a run.", 1)
+    lora_rank: int | None = flag("Rank of the LoRA; 0 trains all weights. That of the configuration if unset.")
     num_eval_prompts: int | None = flag("Number of held-out prompts. That of the configuration if unset.")
     window_size: int | None = flag("Window of the MixGRPO methods. The published share of the steps if unset.")
     tune_learning_rates: list[float] = field(
@@ -88,7 +119,8 @@ class CompareArguments:
     output_dir: str = flag("Folder for the results. outputs/compare or outputs/ablate_... if unset.", "")
 
     def __post_init__(self) -> None:
-        for name, choices in (("presets", METHODS), ("accelerations", ACCELERATIONS)):
+        known = {"presets": METHODS, "accelerations": ACCELERATIONS, "remedies": REMEDIES}
+        for name, choices in known.items():
             if unknown := sorted(set(getattr(self, name)) - set(choices)):
                 raise ValueError(f"`{name}` must be among {', '.join(choices)}, got {', '.join(unknown)}.")
         if self.tune_seed in self.seeds:
@@ -162,6 +194,8 @@ def read_shared(args: CompareArguments) -> dict[str, Any]:
     shared = {
         name: value for name, value in settings.items() if name not in left_out and not name.startswith("window_")
     }
+    if args.lora_rank is not None:
+        shared["lora_rank"] = args.lora_rank
     shared["shift"] = settings.get("shift")  # that of the presets is for FLUX.1-dev
     shared["num_eval_prompts"] = args.num_eval_prompts or settings["num_eval_prompts"]
     shared["num_validation_prompts"] = args.num_validation_prompts
@@ -171,17 +205,22 @@ def read_shared(args: CompareArguments) -> dict[str, Any]:
 
 
 def methods(args: CompareArguments, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The windowed presets under all options, the baselines under the first one."""
+    """The windowed presets under all options, the baselines under the first one, and each with all remedies."""
     variants = {}
     for option in args.accelerations:
         for name in args.presets:
-            if option != args.accelerations[0] and PRESETS[name]["window_size"] == -1:
+            is_windowed = PRESETS[name]["window_size"] != -1
+            if option != args.accelerations[0] and not is_windowed:
                 continue
-            settings = method(name, args, shared) | ACCELERATIONS[option]
-            if settings.get("reuse_rollout_graph"):  # requires one update per iteration
-                settings["per_device_train_batch_size"] = images_per_iteration(shared)
-                settings["steps_per_generation"] = 1
-            variants[label(name, option)] = settings
+            for remedy in args.remedies:
+                changes = REMEDIES[remedy]
+                if "window_last_start" in changes and not is_windowed:
+                    continue
+                settings = method(name, args, shared, changes=changes) | ACCELERATIONS[option]
+                if settings.get("reuse_rollout_graph"):  # requires one update per iteration
+                    settings["per_device_train_batch_size"] = images_per_iteration(shared)
+                    settings["steps_per_generation"] = 1
+                variants[label(name, option, remedy)] = settings
     return variants
 
 
@@ -189,29 +228,41 @@ def images_per_iteration(settings: dict[str, Any]) -> int:
     return settings["per_device_train_batch_size"] * settings["steps_per_generation"]
 
 
-def label(name: str, option: str) -> str:
-    return name if option == "shared-prefix" else f"{name}, {option}"
+def label(name: str, option: str, remedy: str = "published") -> str:
+    parts = [name, "" if option == "shared-prefix" else option, "" if remedy == "published" else remedy]
+    return ", ".join(part for part in parts if part)
 
 
-def method(name: str, args: CompareArguments, shared: dict[str, Any], size: int | None = None) -> dict[str, Any]:
-    """The settings of a preset that are scaled to the toy. `size` is the size of the window, if given."""
+def method(
+    name: str,
+    args: CompareArguments,
+    shared: dict[str, Any],
+    size: int | None = None,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """The settings of a preset that are scaled to the toy, with changes. `size` is that of the window, if given."""
     published = PRESETS[name]
     if published["window_size"] == -1:
-        return {"preset": name}
+        return {"preset": name, **changes}
     steps = shared["num_inference_steps"]
     share = published["window_size"] / published["num_inference_steps"]
     size = size or args.window_size or round(share * steps)
     size = min(max(size, 1), steps - 1)
-    return {"preset": name, "window_size": size, "window_interval": max(1, args.iterations // (steps - size))}
+    last = steps - 1 - size
+    if "window_last_start" in changes:
+        last = min(last, int(changes["window_last_start"] * steps))
+    interval = max(1, args.iterations // (args.sweeps * (last + 1)))
+    return {"preset": name, "window_size": size, "window_interval": interval, **changes}
 
 
 def ablation(args: CompareArguments, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Scaled MixGRPO with one setting changed. `tau` depends on the window size only."""
-    base = method("mixgrpo", args, shared)
+    """Scaled MixGRPO with the first remedy and one setting changed. `tau` depends on the window only."""
+    base = method("mixgrpo", args, shared, changes=REMEDIES[args.remedies[0]])
     steps = shared["num_inference_steps"]
     if args.ablate == "window_size":
         sizes = {min(size, steps - 1) for size in (1, 2, 4, 6, base["window_size"], steps - 1)}
-        return {f"w = {size}": method("mixgrpo", args, shared, size) for size in sorted(sizes)}
+        changes = REMEDIES[args.remedies[0]]
+        return {f"w = {size}": method("mixgrpo", args, shared, size, changes) for size in sorted(sizes)}
     if args.ablate == "window_interval":
         tau = base["window_interval"]
         return {f"tau = {n}": base | {"window_interval": n} for n in sorted({1, 2, 5, tau, 2 * tau})}
@@ -226,11 +277,31 @@ def ablation(args: CompareArguments, shared: dict[str, Any]) -> dict[str, dict[s
     if args.ablate == "beta":
         # Log-ratio and KL are means over the same elements, so 1 weighs a nat like a standard deviation of reward.
         return {f"beta = {beta:g}": base | {"beta": beta} for beta in (0.0, 0.01, 0.1, 1.0)}
+    if args.ablate == "kl":
+        return _kl_ablation(base)
+    if args.ablate == "eta":
+        return {f"eta = {eta:g}": base | {"eta": eta} for eta in (0.2, 0.4, 0.7, 1.0)}
+    if args.ablate == "group_size":
+        images = images_per_iteration(shared)
+        sizes = [size for size in (2, 4, 6, 8, 12, 24, 48) if images % size == 0]
+        variants = {f"{images // size} x {size}": base | {"num_generations": size} for size in sizes}
+        own = shared["num_generations"]
+        return variants | {f"{images // own} x {own}": base}
     if args.ablate == "top_k":
         return {"all": base} | {f"k = {k}": base | {"replay_top_k": k} for k in (3, 2, 1)}
     if args.ablate == "cache":
         return _cache_ablation(base)
     return _solver_ablation(base)
+
+
+def _kl_ablation(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Both divergences from the reference, against a reward that can be exploited. The true one is only logged."""
+    names = [f"{module}:{name}" for module, name in EXPLOITABLE]
+    base = base | {"reward_funcs": names, "reward_weights": [1.0] + [0.0] * (len(names) - 1)}
+    variants = {"none": base}
+    for kl_type, betas in {"transition": (0.01, 0.1, 1.0), "velocity": (0.1, 1.0, 10.0)}.items():
+        variants |= {f"{kl_type}, {beta:g}": base | {"kl_type": kl_type, "beta": beta} for beta in betas}
+    return variants
 
 
 def _cache_ablation(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -261,9 +332,9 @@ def _solver_ablation(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def find_base(args: CompareArguments, shared: dict[str, Any], variants: dict[str, dict[str, Any]]) -> str:
-    """The variant of an ablation that is MixGRPO as in the comparison of the methods."""
-    base = PRESETS["mixgrpo"] | method("mixgrpo", args, shared)
-    return next(name for name, changes in variants.items() if base | changes == base)
+    """The variant of an ablation that is MixGRPO as in the comparison of the methods, or the first one."""
+    base = PRESETS["mixgrpo"] | method("mixgrpo", args, shared, changes=REMEDIES[args.remedies[0]])
+    return next((name for name, changes in variants.items() if base | changes == base), next(iter(variants)))
 
 
 def prompts(settings: dict[str, Any]) -> dict[str, list[str]]:
@@ -346,7 +417,7 @@ def train(settings: dict[str, Any], progress_bar: tqdm) -> dict[str, Any]:
     steps_per_iteration //= settings.get("gradient_accumulation_steps", 1)
     config_fields = {f.name for f in dataclasses.fields(MixGRPOConfig)}
     texts = prompts(settings)
-    recorder = Recorder(settings["eval_every"], progress_bar)
+    recorder = Recorder(settings["eval_every"], progress_bar, is_lora=settings["lora_rank"] > 0)
     with tempfile.TemporaryDirectory() as folder:  # for the checkpoint of an interrupted trainer
         config = MixGRPOConfig.from_preset(
             settings["preset"],
@@ -365,9 +436,7 @@ def train(settings: dict[str, Any], progress_bar: tqdm) -> dict[str, Any]:
             args=config,
             train_dataset=[{"prompt": text} for text in texts["train"]],
             eval_dataset=[{"prompt": text} for text in texts[settings["eval_on"]]],
-            peft_config=LoraConfig(
-                r=settings["lora_rank"], lora_alpha=settings["lora_alpha"], init_lora_weights="gaussian"
-            ),
+            peft_config=_lora(settings),
             callbacks=[recorder],
         )
         trainer.remove_callback(PrinterCallback)
@@ -376,16 +445,24 @@ def train(settings: dict[str, Any], progress_bar: tqdm) -> dict[str, Any]:
     return {"iterations": recorder.iterations, "evaluations": recorder.evaluations}
 
 
+def _lora(settings: dict[str, Any]) -> LoraConfig | None:
+    if settings["lora_rank"] == 0:
+        return None
+    return LoraConfig(r=settings["lora_rank"], lora_alpha=settings["lora_alpha"], init_lora_weights="gaussian")
+
+
 class Recorder(TrainerCallback):
     """
     Records the time and the forward passes of each iteration, and the evaluations after every `eval_every` of them.
 
     Times are those of training steps and optimizer steps, without evaluations. Forward passes are those of one image
-    through the transformer: those computed in the rollout, and `TRAINING_PASSES` for each trained step.
+    through the transformer: those computed in the rollout, and `TRAINING_PASSES` for each trained step of a LoRA. All
+    weights need one more, for their gradients.
     """
 
-    def __init__(self, eval_every: int, progress_bar: tqdm) -> None:
+    def __init__(self, eval_every: int, progress_bar: tqdm, is_lora: bool = True) -> None:
         self.eval_every = eval_every
+        self.is_lora = is_lora
         self.progress_bar = progress_bar
         self.iterations: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
@@ -415,9 +492,12 @@ class Recorder(TrainerCallback):
         entry["nfe"] = logs["nfe"]
         entry["nfe_computed"] = logs["nfe_amortized"]
         entry["steps_trained"] = steps_trained
-        entry["passes"] = images * (logs["nfe_amortized"] + passes_per_trained_step(args) * steps_trained)
+        entry["passes"] = images * (
+            logs["nfe_amortized"] + passes_per_trained_step(args, self.is_lora) * steps_trained
+        )
         for name, value in logs.items():
-            is_kept = name in ("reward", "window/start", "kl", "clip_ratio/region_mean", "grad_norm")
+            is_kept = name in ("reward", "window/start", "kl", "clip_ratio/region_mean", "reward_std")
+            is_kept = is_kept or "_by_window/" in name
             if is_kept or name.startswith("time/"):
                 entry[name] = value
         self.iterations.append(entry)
@@ -430,14 +510,14 @@ class Recorder(TrainerCallback):
             point[name] = sum(entry[name] for entry in self.iterations)
         for name in ("reward", "reward_se"):
             point[name] = metrics[f"eval_{name}"]
-        for name in ("wholly_right", "extra_objects"):
+        for name in ("toy_reward", "wholly_right", "extra_objects"):
             point[name] = metrics[f"eval_rewards/{name}/mean"]
         self.evaluations.append(point)
 
 
-def passes_per_trained_step(args: Any) -> float:
+def passes_per_trained_step(args: Any, is_lora: bool = True) -> float:
     """Forward passes that training one step costs, per image of the iteration."""
-    passes: float = (TRAINING_PASSES - args.reuse_rollout_graph) * args.num_iterations
+    passes: float = (TRAINING_PASSES + (not is_lora) - args.reuse_rollout_graph) * args.num_iterations
     if args.replay_top_k:
         passes *= min(1, 2 * args.replay_top_k / args.num_generations)
     if args.beta > 0:

@@ -16,7 +16,7 @@ MARKERS = "osD^vPX"
 LINE_STYLES = ("-", "--", "-", "-.", ":", "--", "-.")
 
 SETUP = """\
-Setup: {seeds}, {iterations} iterations of {prompts} x {num_generations} images, LoRA of rank {lora_rank}, \
+Setup: {seeds}, {iterations} iterations of {prompts} x {num_generations} images, {trained}, \
 {machine}. With the same seed, all methods train on the same prompts from the same noise."""
 
 REWARD_NOTE = """\
@@ -52,7 +52,7 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
     phases = [name for name in entries[0] if name.startswith("time/")]
     for name in ("seconds", "cpu_seconds", *phases):
         summary[name] = float(np.median([entry[name] for entry in entries]))
-    for name in ("reward", "wholly_right", "extra_objects"):
+    for name in ("reward", "toy_reward", "wholly_right", "extra_objects"):
         summary[f"{name}_before"] = [run["evaluations"][0][name] for run in runs]
         summary[f"{name}_after"] = [run["evaluations"][-1][name] for run in runs]
     rewards = zip(summary["reward_before"], summary["reward_after"], strict=True)
@@ -104,6 +104,7 @@ def in_markdown(results: dict[str, Any]) -> str:
     facts = shared | some
     facts["machine"] = results["machine"]
     facts["prompts"] = _count(images // shared["num_generations"], "prompt")
+    facts["trained"] = f"LoRA of rank {facts['lora_rank']}" if facts["lora_rank"] else "all weights trained"
     facts["seeds"] = _count(len(some["gain"]), "seed")
     facts["right_before"] = 100 * np.mean(some["wholly_right_before"])
     facts["extra_before"] = np.mean(some["extra_objects_before"])
@@ -147,6 +148,8 @@ def reward_table(summaries: dict[str, dict[str, Any]], reference: str | None) ->
     }
     if reference is not None:
         columns[f"Change vs. {reference}"] = _means(summaries, "difference", "+.3f")
+    if any(summary["toy_reward_after"] != summary["reward_after"] for summary in summaries.values()):
+        columns["True reward"] = _means(summaries, "toy_reward_after")
     columns["Fully correct images (%)"] = _means(summaries, "wholly_right_after", ".1f", scale=100)
     columns["Extra objects per image"] = [f"{np.mean(s['extra_objects_after']):+.2f}" for s in summaries.values()]
     return table(summaries, columns)

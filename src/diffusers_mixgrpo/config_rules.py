@@ -40,6 +40,7 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
     )
     # Closer to 0 it would be lost beside the 1 of a ratio in float32.
     clip_range = number(2**-23, 1000)
+    decay = must_be.Rule("a number in (0, 1)", lambda value: number(0, 1, above=True).holds(value) and value < 1)
     settings_file = must_be.any_of(must_be.MAPPING, must_be.FILE)
     no_compile = "it would compile the model for training and not for sampling, and their log-probs would differ"
     no_compile += " by rounding; use compile_repeated_blocks=True"
@@ -102,6 +103,7 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
         replay_top_k=optional(count),
         replay_batch_size=optional(count),
         max_nonfinite_steps=count,
+        ema_decay=optional(decay),
         # Data, evaluation and logging
         eval_num_inference_steps=optional(integer(1, 1000)),
         eval_height=optional(image_side),

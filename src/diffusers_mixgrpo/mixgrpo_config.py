@@ -194,6 +194,11 @@ class MixGRPOConfig(TrainingArguments):
         max_nonfinite_steps (`int`, defaults to 10):
             Stop after this many optimizer steps in a row whose gradient was infinite or NaN. Such a step is dropped:
             the weights and the optimizer's state stay as they were.
+        ema_decay (`float`, *optional*):
+            Keep an exponential moving average of the trained weights with this decay, in (0, 1), evaluate it beside
+            the trained weights (`eval_ema_reward`, ...), and save it in the folder `ema/`. It takes the memory of the
+            trained weights a second time, on the device, and each evaluation runs twice. After `t` optimizer steps
+            the decay is at most `t / (9 + t)`, as in diffusers' `EMAModel`, so the first weights are soon forgotten.
 
         > Arguments of data, evaluation and logging
 
@@ -376,6 +381,9 @@ class MixGRPOConfig(TrainingArguments):
     )
     max_nonfinite_steps: int = field(
         default=10, metadata={"help": "Stop after this many steps in a row whose gradient was infinite or NaN."}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Keep, evaluate and save a moving average of the trained weights."}
     )
 
     # Data, evaluation and logging
@@ -647,6 +655,11 @@ class MixGRPOConfig(TrainingArguments):
                     f"`{name}` must be False with {self.sharding}, which gathers the weights anew for each forward "
                     "pass, got True. Leave it at its default, or train without sharding."
                 )
+        if self.ema_decay is not None and self.sharding is not None:
+            raise ValueError(
+                f"`ema_decay` must be None with {self.sharding}, which spreads the weights over processes, got "
+                f"{self.ema_decay}. Leave it out, or train without sharding."
+            )
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("`fp16` must be False on a CPU, which has no kernels for it, got True. Use `bf16`.")
         if self.dataloader_num_workers == 0:
@@ -660,6 +673,12 @@ class MixGRPOConfig(TrainingArguments):
             raise ValueError(
                 "`metric_for_best_model` must be a metric of the evaluation, which has no loss, got "
                 f"{self.metric_for_best_model!r}. Use 'reward', or 'rewards/<name>/mean' for one of several."
+            )
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if metric.startswith("ema_reward") and self.ema_decay is None:
+            raise ValueError(
+                "`metric_for_best_model` must be a metric of the trained weights without `ema_decay`, got "
+                f"{self.metric_for_best_model!r}. Set `ema_decay`, or use {metric.removeprefix('ema_')!r}."
             )
 
     def _validate_speed_and_memory(self) -> None:

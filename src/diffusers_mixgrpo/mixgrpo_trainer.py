@@ -27,7 +27,12 @@ from .policies.base import require_multiple
 from .policies.loading import load_pipeline
 from .policies.preparation import check_prepared, place_components, prepare_pipeline, rename_gradient_checkpointing
 from .policies.prompt_embeds import cache_prompts
-from .policies.trained_weights import gather_trained_weights, load_trained_weights, save_trained_weights
+from .policies.trained_weights import (
+    EMA_FOLDER,
+    gather_trained_weights,
+    load_trained_weights,
+    save_trained_weights,
+)
 from .reports.model_card import mixgrpo_model_card
 from .reports.sample_grid import save_sample_grid
 from .rewards import load_reward
@@ -35,7 +40,8 @@ from .rewards.runner import RewardError, RewardFunc, RewardRunner, reward_names
 from .training.callbacks import IterationCallback, RewardProgressCallback
 from .training.checkpoints import ROLLOUT_NAME, STATE_NAME, clean_up, find_checkpoint, publish, staging_folder
 from .training.datasets import check_dataset, evaluations
-from .training.engine import Engine, Rollout, TrainingBatch, make_scheduler
+from .training.ema import EMAWeights
+from .training.engine import Engine, Evaluation, Rollout, TrainingBatch, make_scheduler
 from .training.faults import FaultBoard, RankError
 from .training.hacking_guard import HackingGuard
 from .training.interruptions import Interruptions, StopOnAllRanks
@@ -88,8 +94,9 @@ class MixGRPOTrainer(Trainer):
 
     Attributes:
         engine ([`~training.engine.Engine`]): Samples, scores and trains the images of an iteration.
+        ema ([`~training.ema.EMAWeights`], *optional*): With `ema_decay`, the moving average of the trained weights.
         eval_rewards (`torch.Tensor` of shape `(K, n)`, *optional*): The `K` trained rewards of each of the `n` prompts
-            in the last evaluation, NaN where an image could not be scored.
+            in the last evaluation of the trained weights, NaN where an image could not be scored.
 
     Raises:
         `ValueError`, `TypeError`, `FileNotFoundError`: If an argument cannot work; the message says how to fix it.
@@ -185,6 +192,10 @@ class MixGRPOTrainer(Trainer):
         )
         self.engine = Engine(policy, scheduler, args, rewards, self.accelerator, self.weights, eval_rewards)
         self.metrics = MetricBuffer(self.accelerator, args.device)
+        self.ema: EMAWeights | None = None
+        if args.ema_decay is not None:
+            self.ema = EMAWeights(self.engine.trained_parameters, args.ema_decay)
+            self.add_callback(self.ema)
         self.interruptions = Interruptions()
         self._iteration_callback = IterationCallback(self.interruptions)
         self.add_callback(self._iteration_callback)
@@ -261,6 +272,8 @@ class MixGRPOTrainer(Trainer):
                 return super().train(self._resumed_from, trial, ignore_keys_for_eval)
             except BaseException as error:
                 with self.interruptions.dropped():
+                    if self.ema is not None:
+                        self.ema.restore()
                     others = None
                     if not isinstance(error, _ON_ALL_RANKS):
                         others = self._faults.report(error, f"after {self.state.global_step} optimizer steps")
@@ -419,7 +432,8 @@ class MixGRPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Mean rewards of the deterministic sampler. Prompt `i` is always sampled with seed `eval_seed + i`.
+        Mean rewards of the deterministic sampler. Prompt `i` is always sampled with seed `eval_seed + i`. With
+        `ema_decay` the moving average of the weights is evaluated too, on the same prompts and seeds.
 
         Args:
             eval_dataset (dataset or `dict` of datasets, *optional*): Defaults to the trainer's.
@@ -429,29 +443,34 @@ class MixGRPOTrainer(Trainer):
         Returns:
             `dict[str, float]`: `eval_reward` (weighted mean over the rewards) and its standard error `eval_reward_se`,
             `eval_rewards/<name>/mean`, `.../std` and `.../failed` for each reward, means of the image statistics
-            `eval_images/<name>` (see [`~training.image_statistics`]), `eval_runtime` in seconds, and for the trainer's
-            own datasets `eval_alarms`, the number of alarms of `hacking_guard`. Of a `dict` of datasets, those of each
-            with its name (`eval_<dataset>_reward`), and the mean `eval_reward` over the datasets.
+            `eval_images/<name>` (see [`~training.image_statistics`]), and `eval_runtime` in seconds. Those of the
+            moving average are `eval_ema_reward`, .... For the trainer's own datasets `eval_alarms`, the number of
+            alarms of `hacking_guard`. Of a `dict` of datasets, those of each with its name (`eval_<dataset>_reward`),
+            and the mean of `eval_reward` and of `eval_ema_reward` over the datasets.
         """
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):
             metrics: dict[str, float] = {}
             for name, part in eval_dataset.items():
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            rewards = [metrics[f"{metric_key_prefix}_{name}_reward"] for name in eval_dataset]
-            # The metric of the best checkpoint
-            return metrics | ({f"{metric_key_prefix}_reward": sum(rewards) / len(rewards)} if rewards else {})
+            for reward in ("reward", "ema_reward"):  # metrics of the best checkpoint
+                names = [f"{metric_key_prefix}_{name}_{reward}" for name in eval_dataset]
+                means = [metrics[name] for name in names if name in metrics]
+                if means:
+                    metrics[f"{metric_key_prefix}_{reward}"] = sum(means) / len(means)
+            return metrics
         if eval_dataset is None:
             raise ValueError(
                 "`eval_dataset` must have rows with a 'prompt', got None. Pass it here or to the trainer."
             )
         check_dataset("eval_dataset", eval_dataset)
         self._release_signals()
-        start = time.perf_counter()
-        evaluation = self.engine.evaluate(eval_dataset, self._inference_model)
+        evaluation, metrics = self._evaluate_weights(eval_dataset)
         self.eval_rewards = evaluation.rewards
-        metrics = dict(evaluation.statistics)
-        metrics["runtime"] = time.perf_counter() - start
+        if self.ema is not None:
+            with self.ema.applied():
+                _, averaged = self._evaluate_weights(eval_dataset)
+            metrics |= {f"ema_{name}": value for name, value in averaged.items()}
         is_own = any(eval_dataset is part for part in evaluations(self.eval_dataset).values())
         if is_own and (guard := self._hacking_guard) is not None:
             metrics["alarms"] = len(guard.judge(metric_key_prefix, evaluation.series, self.args, self.state))
@@ -459,6 +478,12 @@ class MixGRPOTrainer(Trainer):
         super().log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluate_weights(self, dataset: PromptDataset) -> tuple[Evaluation, dict[str, float]]:
+        """An evaluation of the weights that the model has now, and what to log about it."""
+        start = time.perf_counter()
+        evaluation = self.engine.evaluate(dataset, self._inference_model)
+        return evaluation, evaluation.statistics | {"runtime": time.perf_counter() - start}
 
     @property
     def _hacking_guard(self) -> HackingGuard | None:
@@ -535,6 +560,9 @@ class MixGRPOTrainer(Trainer):
         output_dir = self.args.output_dir if output_dir is None else output_dir
         os.makedirs(output_dir, exist_ok=True)
         save_trained_weights(self.pipe, output_dir, self.weights, state_dict)
+        if self.ema is not None:
+            with self.ema.applied():
+                save_trained_weights(self.pipe, os.path.join(output_dir, EMA_FOLDER), self.weights)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -542,6 +570,18 @@ class MixGRPOTrainer(Trainer):
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_trained_weights(self.pipe, resume_from_checkpoint, self.weights)
+        if self.ema is None:
+            return
+        folder = os.path.join(resume_from_checkpoint, EMA_FOLDER)
+        if os.path.isdir(folder):
+            with self.ema.applied():
+                load_trained_weights(self.pipe, folder, self.weights)
+        else:
+            self.ema.restart()
+            logger.warning(
+                f"{resume_from_checkpoint} has no moving average: it was saved without `ema_decay`. The average "
+                "starts at the weights of the checkpoint."
+            )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         # Overridden to say what the Trainer passes over in silence.

@@ -214,17 +214,34 @@ def test_the_presets_scaled_to_the_toy(script, tmp_path):
 
 @pytest.mark.parametrize("iterations", [1, 70])
 @pytest.mark.parametrize(
-    "axis", ["window_size", "window_interval", "window_stride", "strategy", "beta", "solver", "top_k", "cache"]
+    "axis",
+    [
+        "window_size",
+        "window_interval",
+        "window_stride",
+        "strategy",
+        "beta",
+        "kl",
+        "eta",
+        "group_size",
+        "solver",
+        "top_k",
+        "cache",
+    ],
 )
 def test_ablations_change_one_thing(script, report, axis, iterations, tmp_path):
     args, shared = arguments(script, ablate=axis, iterations=iterations)
     variants = script.ablation(args, shared)
     base = script.method("mixgrpo", args, shared)
+    if axis == "kl":
+        base = variants["none"]
     assert variants[script.find_base(args, shared, variants)].items() >= base.items()
     allowed = {
         "window_size": {"window_size", "window_interval"},
         "strategy": {"window_strategy", "window_decay_rate", "window_decay_start"},
         "solver": {"ode_solver", "solver_order", "suffix_ratio"},
+        "kl": {"kl_type", "beta"},
+        "group_size": {"num_generations"},
         "top_k": {"replay_top_k"},
         "cache": {"ode_cache"},
     }.get(axis, {axis})
@@ -247,6 +264,29 @@ def test_only_windowed_methods_run_under_all_accelerations(script, tmp_path):
     assert {c.steps_per_generation for name, c in configs.items() if "exact" in name} == {1}
     assert {c.replay_top_k for name, c in configs.items() if name.endswith("all")} == {2}
     assert {c.suffix_ratio for name, c in configs.items() if "flash-star" in name} == {0.2}
+
+
+def test_remedies_change_one_thing_of_each_method(script, tmp_path):
+    flags = "--presets mixgrpo dancegrpo --iterations 42 --remedies published rectified bounded".split()
+    config = Path(script.EXAMPLES, "configs", "toy_25_steps.yaml")
+    args = script.CompareArguments(
+        presets=flags[1:3], iterations=42, remedies=flags[6:], config=str(config), lora_rank=0
+    )
+    shared = script.read_shared(args)
+    assert shared["lora_rank"] == 0
+    variants = script.methods(args, shared)
+    base = {"preset": "mixgrpo", "window_size": 4, "window_interval": 2}
+    assert variants == {
+        "mixgrpo": base,
+        "mixgrpo, rectified": base | {"step_weighting": "rectified"},
+        "mixgrpo, bounded": base | {"window_interval": 3, "window_last_start": 0.5},  # 13 places in place of 21
+        "dancegrpo": {"preset": "dancegrpo"},
+        "dancegrpo, rectified": {"preset": "dancegrpo", "step_weighting": "rectified"},
+    }
+    args.sweeps = 2
+    assert script.methods(args, shared)["mixgrpo"]["window_interval"] == 1
+    for changes in script.REMEDIES.values():
+        MixGRPOConfig.from_preset("mixgrpo", output_dir=str(tmp_path), **changes)
 
 
 def test_prompts_have_nothing_in_common(script):

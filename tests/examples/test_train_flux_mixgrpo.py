@@ -109,7 +109,9 @@ def test_a_lora_of_another_pipeline(main, workplace, pipeline_folder, capsys):
 def test_rewards_for_evaluations_reach_the_trainer(main, workplace, pipeline_folder):
     flags = f"--pretrained_model_name_or_path {pipeline_folder} --reward_funcs my_rewards:redness {SMALL}"
     flags += " --dataset_name prompts.txt --eval_reward_funcs my_rewards:raises my_rewards:redness"
-    with pytest.raises(ValueError, match="`eval_reward_funcs` must have other names .* got my_rewards:redness in both"):
+    with pytest.raises(
+        ValueError, match="`eval_reward_funcs` must have other names .* got my_rewards:redness in both"
+    ):
         main(workplace, flags)
 
 

@@ -1,6 +1,7 @@
 """Model cards: what they say, and the code in them, which is run."""
 
 import ast
+import re
 
 import numpy as np
 import pytest
@@ -88,6 +89,28 @@ def test_the_scheduler_is_shown_where_it_was_changed(tmp_path):
     text = card(tmp_path, shift=2.5).text
     assert len(code_of(text)) == 2 and "shift=2.5, use_dynamic_shifting=False" in text
     assert "FlowMatchEulerDiscreteScheduler" in code_of(text)[0].splitlines()[1]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_moving_average_is_named(tmp_path, pipeline_folder, lora):
+    """Its argument in place of the code's loads the average."""
+    trainer = make_trainer(tmp_path / "output", lora=lora, ema_decay=0.99)
+    with trainer.ema.applied(), torch.no_grad():
+        for parameter in trainer.engine.trained_parameters:
+            parameter.fill_(0.125)
+    trainer.save_model()
+    trainer.create_model_card(model_name="red", finetuned_from=HUB_MODEL)
+    text = ModelCard.load(tmp_path / "output" / "README.md").text
+    argument = text.split("average of these weights (decay 0.99), load them with `")[1].split("`.")[0]
+    code = code_of(text)[0].split("image = ")[0].replace("bfloat16", "float32").replace("cuda", "cpu")
+    code = code.replace(HUB_MODEL, pipeline_folder).replace('"red"', repr(str(tmp_path / "output")))
+    name = argument.split("=")[0]
+    (own,) = re.findall(rf'{name}="[^"]*"', code)
+    names: dict = {}
+    exec(code.replace(own, argument), names)
+    loaded = names["pipe"].transformer.named_parameters()
+    assert all((value == 0.125).all() for name, value in loaded if "lora_" in name or not lora)
+    assert "average" not in card(tmp_path, is_lora=lora).text
 
 
 def test_any_prompt_is_a_string_of_the_code(tmp_path):

@@ -45,7 +45,7 @@ def launch(folder: Path) -> None:
 
 def test_both_processes_train_one_policy_on_images_of_their_own(records):
     first, second = (record["straight"] for record in records)
-    assert first["weights"] == second["weights"]
+    assert first["weights"] == second["weights"] != first["average"] == second["average"]
     assert first["log"] == second["log"]  # metrics are those of all images
     assert first["log"]["window/start"] == [0, 1]
     assert first["evaluation"] == second["evaluation"]
@@ -74,6 +74,7 @@ def test_metrics_are_means_over_both_processes(records):
 def test_resuming_is_exact(records):
     for record in records:
         assert record["resumed"]["weights"] == record["straight"]["weights"]
+        assert record["resumed"]["average"] == record["straight"]["average"]
         assert record["resumed"]["images"] == record["straight"]["images"][1:]
         assert record["resumed"]["log"]["reward"] == record["straight"]["log"]["reward"]
 
@@ -136,21 +137,27 @@ def main(folder: Path) -> None:
         batches = {"per_device_train_batch_size": 2, "steps_per_generation": 2, "replay_batch_size": 3}
         return make_trainer(folder / name, rewards=scored, eval_dataset=PROMPTS[:3], **(batches | changes))
 
+    def sums(trainer):
+        return [[w.double().sum().item(), w.double().abs().sum().item()] for w in trained(trainer).values()]
+
     def record(trainer):
-        weights = [[w.double().sum().item(), w.double().abs().sum().item()] for w in trained(trainer).values()]
+        weights = {"weights": sums(trainer)}
+        if trainer.ema is not None:
+            with trainer.ema.applied():
+                weights["average"] = sums(trainer)
         log = {name: logged(trainer, name) for name in ("reward", "window/start", "iteration")}
-        return {"weights": weights, "log": log} | {name: seen[name] for name in ("prompts", "images", "rewards")}
+        return weights | {"log": log} | {name: seen[name] for name in ("prompts", "images", "rewards")}
 
     def metrics_of(trainer):
-        return {name: value for name, value in trainer.evaluate().items() if name != "eval_runtime"}
+        return {name: value for name, value in trainer.evaluate().items() if "runtime" not in name}
 
     records = {}
-    trainer = make("straight", save_strategy="steps", save_steps=2)
+    trainer = make("straight", save_strategy="steps", save_steps=2, ema_decay=0.5)
     trainer.train()
     records["straight"] = record(trainer) | {"evaluation": metrics_of(trainer)}
     records["before training"] = metrics_of(make_trainer(folder / "evaluated", **EVALUATED))
 
-    trainer = make("resumed")
+    trainer = make("resumed", ema_decay=0.5)
     trainer.train(resume_from_checkpoint=str(folder / "straight" / "checkpoint-2"))
     records["resumed"] = record(trainer)
 

@@ -13,6 +13,7 @@ from .preparation import TrainedWeights
 
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDER = "transformer"
+EMA_FOLDER = "ema"  # holds the same files with the moving average of the trained weights
 
 
 def save_trained_weights(

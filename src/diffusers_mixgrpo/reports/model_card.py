@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..mixgrpo_config import MixGRPOConfig
 from ..policies import PipelinePolicy
-from ..policies.trained_weights import LORA_WEIGHTS_NAME, TRANSFORMER_FOLDER
+from ..policies.trained_weights import EMA_FOLDER, LORA_WEIGHTS_NAME, TRANSFORMER_FOLDER
 
 
 LOAD_LORA = """pipe = {pipeline}.from_pretrained({base_model}, torch_dtype=torch.bfloat16)
@@ -39,7 +39,7 @@ image = pipe(
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]
 ```
-{shift}
+{ema}{shift}
 ## Training
 
 {optimizer_steps} optimizer steps in {iterations} iterations of {images} images
@@ -60,6 +60,10 @@ pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
     pipe.scheduler.config, shift={shift}, use_dynamic_shifting=False
 )
 ```
+"""
+
+EMA_NOTE = """
+For the exponential moving average of these weights (decay {decay}), load them with `{argument}`.
 """
 
 SETTINGS = (
@@ -131,6 +135,12 @@ def mixgrpo_model_card(
         weight_name=LORA_WEIGHTS_NAME,
         folder=TRANSFORMER_FOLDER,
     )
+    # Not `subfolder` for a LoRA: in a local folder diffusers takes the file of that name outside it.
+    average = (
+        f'weight_name="{EMA_FOLDER}/{LORA_WEIGHTS_NAME}"'
+        if is_lora
+        else f'subfolder="{EMA_FOLDER}/{TRANSFORMER_FOLDER}"'
+    )
     text = TEMPLATE.format(
         name=repo_id.split("/")[-1],
         kind="A LoRA" if is_lora else "A full fine-tuning",
@@ -140,6 +150,7 @@ def mixgrpo_model_card(
         load=load,
         prompt=_literal(prompt),
         arguments="\n".join(f"    {name}={value!r}," for name, value in policy.call_arguments.items()),
+        ema="" if settings.ema_decay is None else EMA_NOTE.format(decay=settings.ema_decay, argument=average),
         shift="" if settings.shift is None else SHIFT_NOTE.format(shift=settings.shift),
         optimizer_steps=optimizer_steps,
         iterations=optimizer_steps // settings.optimizer_steps_per_iteration,
