@@ -3,8 +3,8 @@
     python examples/studies/hybrid_ratio.py
 
 Trains all weights of the bundled tiny FLUX on its true reward, and on one that ignores the scene (`color_share` of
-`reward_hacking.py`), and lets the trained model take different shares of the denoising steps of held-out images. Writes
-`results.json`, `results.md` and `results.png`.
+`reward_hacking.py`), and lets the trained model take different shares of the denoising steps of held-out images.
+Writes `results.json`, `results.md` and `results.png`.
 """
 
 import json
