@@ -17,8 +17,9 @@ The shared settings are read from `configs/toy.yaml`. A method keeps its publish
   `T - w` positions. The published 300 iterations, with 25 or 20 per position, end before the last steps.
 - Shares stay as published: DanceGRPO trains 60% of the steps, Flash and Flash* run 40% and 20% of the suffix.
 
-With `remedies`, each method runs with each of these changes (`REMEDIES`) to what is published: how a sweep keeps what
-it gains. A method that trains all steps has no bounded window. `--sweeps 2` moves the window twice over the schedule.
+With `remedies`, each windowed method runs with each of these changes (`REMEDIES`) to what is published: how a sweep
+keeps what it gains. `baseline_remedies` are those of DanceGRPO and Flow-GRPO. With `--sweeps 2` the window moves twice
+over the schedule.
 
 With `accelerations`, the windowed methods run under each of these options, and the baselines under the first one.
 """
@@ -69,9 +70,9 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "batch std": {"scale_rewards": "batch"},
     "unscaled": {"scale_rewards": "none"},
     "bounded": {"window_last_start": 0.5},
+    "cps": {"sde_type": "cps", "eta": 0.5},
     "rectified, batch std": {"step_weighting": "rectified", "scale_rewards": "batch"},
-    "rectified, unscaled": {"step_weighting": "rectified", "scale_rewards": "none"},
-    "rectified, bounded": {"step_weighting": "rectified", "window_last_start": 0.5},
+    "recommended": {"step_weighting": "rectified", "scale_rewards": "batch", "sde_type": "cps", "eta": 0.5},
 }
 # A reward that ignores the scene, and the true ones
 EXPLOITABLE = [("reward_hacking", "color_share")]
@@ -99,6 +100,9 @@ class CompareArguments:
         default_factory=lambda: ["published"],
         metadata={"help": f"Changes to run each method with: {', '.join(REMEDIES)}."},
     )
+    baseline_remedies: list[str] = field(
+        default_factory=lambda: ["published"], metadata={"help": "The same for DanceGRPO and Flow-GRPO."}
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each method per seed."})
     iterations: int = flag("Iterations of each run.", 72)
     eval_every: int = flag("Iterations between evaluations, which are not timed.", 9)
@@ -120,6 +124,7 @@ class CompareArguments:
 
     def __post_init__(self) -> None:
         known = {"presets": METHODS, "accelerations": ACCELERATIONS, "remedies": REMEDIES}
+        known["baseline_remedies"] = REMEDIES
         for name, choices in known.items():
             if unknown := sorted(set(getattr(self, name)) - set(choices)):
                 raise ValueError(f"`{name}` must be among {', '.join(choices)}, got {', '.join(unknown)}.")
@@ -205,17 +210,15 @@ def read_shared(args: CompareArguments) -> dict[str, Any]:
 
 
 def methods(args: CompareArguments, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The windowed presets under all options, the baselines under the first one, and each with all remedies."""
+    """The windowed presets under all options, the baselines under the first one, and each with its remedies."""
     variants = {}
     for option in args.accelerations:
         for name in args.presets:
             is_windowed = PRESETS[name]["window_size"] != -1
             if option != args.accelerations[0] and not is_windowed:
                 continue
-            for remedy in args.remedies:
+            for remedy in args.remedies if is_windowed else args.baseline_remedies:
                 changes = REMEDIES[remedy]
-                if "window_last_start" in changes and not is_windowed:
-                    continue
                 settings = method(name, args, shared, changes=changes) | ACCELERATIONS[option]
                 if settings.get("reuse_rollout_graph"):  # requires one update per iteration
                     settings["per_device_train_batch_size"] = images_per_iteration(shared)
@@ -440,9 +443,24 @@ def train(settings: dict[str, Any], progress_bar: tqdm) -> dict[str, Any]:
             callbacks=[recorder],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.evaluate()
+        recorder.evaluations += _before_training(trainer, recorder, settings)
         trainer.train()
     return {"iterations": recorder.iterations, "evaluations": recorder.evaluations}
+
+
+def _before_training(
+    trainer: MixGRPOTrainer, recorder: "Recorder", settings: dict[str, Any]
+) -> list[dict[str, float]]:
+    """The evaluation of the bundled pipeline, which is made once for all runs that share it."""
+    names = ("eval_on", "num_eval_prompts", "num_validation_prompts", "reward_funcs", "num_inference_steps", "shift")
+    key = json.dumps([settings[name] for name in names])
+    if key not in _EVALUATIONS:
+        trainer.evaluate()
+        _EVALUATIONS[key] = recorder.evaluations.pop()
+    return [dict(_EVALUATIONS[key])]
+
+
+_EVALUATIONS: dict[str, dict[str, float]] = {}
 
 
 def _lora(settings: dict[str, Any]) -> LoraConfig | None:

@@ -267,20 +267,21 @@ def test_only_windowed_methods_run_under_all_accelerations(script, tmp_path):
 
 
 def test_remedies_change_one_thing_of_each_method(script, tmp_path):
-    flags = "--presets mixgrpo dancegrpo --iterations 42 --remedies published rectified bounded".split()
-    config = Path(script.EXAMPLES, "configs", "toy_25_steps.yaml")
     args = script.CompareArguments(
-        presets=flags[1:3], iterations=42, remedies=flags[6:], config=str(config), lora_rank=0
+        presets=["mixgrpo", "dancegrpo"],
+        remedies=["published", "rectified", "bounded"],
+        baseline_remedies=["rectified"],
+        iterations=42,
+        lora_rank=0,
+        config=str(Path(script.EXAMPLES, "configs", "toy_25_steps.yaml")),
     )
     shared = script.read_shared(args)
     assert shared["lora_rank"] == 0
-    variants = script.methods(args, shared)
     base = {"preset": "mixgrpo", "window_size": 4, "window_interval": 2}
-    assert variants == {
+    assert script.methods(args, shared) == {
         "mixgrpo": base,
         "mixgrpo, rectified": base | {"step_weighting": "rectified"},
         "mixgrpo, bounded": base | {"window_interval": 3, "window_last_start": 0.5},  # 13 places in place of 21
-        "dancegrpo": {"preset": "dancegrpo"},
         "dancegrpo, rectified": {"preset": "dancegrpo", "step_weighting": "rectified"},
     }
     args.sweeps = 2
