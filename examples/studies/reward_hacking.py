@@ -1,11 +1,11 @@
 """Trains the bundled tiny FLUX on a reward that can be exploited, and shows how the guard notices.
 
     python examples/studies/reward_hacking.py
-    python examples/studies/reward_hacking.py --honest
+    python examples/studies/reward_hacking.py --honest --num_eval_prompts 253
 
 The first command trains on the redness of an image, whatever its prompt. The guard has image statistics and a reward
 that is never trained on, `toy.toy_reward`. The second one trains on `toy.toy_reward` itself, and the guard stays
-silent. Each takes about two minutes on one core.
+silent, with enough prompts to see that the reward rises. Each takes two to three minutes on one core.
 
 Writes a figure and a JSON file of the evaluations: images of fixed prompts by optimizer steps, and below them the
 rewards and statistics.

@@ -50,7 +50,8 @@ def test_a_reward_that_ignores_the_prompt_raises_alarms(study):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_true_reward_raises_none(study):
-    result = study("--honest")
+    # All held-out prompts, or the rise would be within the noise, where the guard does not look
+    result = study("--honest", "--num_eval_prompts", "253", "--eval_every", "8")
     points = result["evaluations"]
     assert points[-1]["eval_reward"] >= 0.8
     count = result["baseline"]["reward"][2]
