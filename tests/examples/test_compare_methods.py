@@ -213,6 +213,19 @@ def test_the_presets_scaled_to_the_toy(script, tmp_path):
 
 
 @pytest.mark.parametrize("iterations", [1, 70])
+def test_the_time_to_the_best_reward_of_another(report):
+    def curve(seconds, rewards):
+        return {"curve": {"seconds": [seconds], "reward": [rewards], "iteration": [[0, 1, 2]]}}
+
+    summaries = {
+        "dancegrpo": curve([0, 50, 100], [0.5, 0.7, 0.6]),
+        "fast": curve([0, 10, 20], [0.5, 0.6, 0.9]),
+        "never": curve([0, 10, 20], [0.5, 0.6, 0.65]),
+    }
+    found = report.time_to_best_of(summaries, "dancegrpo")
+    assert found == {"dancegrpo": 1.0, "fast": pytest.approx((10 + 10 / 3) / 50), "never": None}
+
+
 @pytest.mark.parametrize(
     "axis",
     [
