@@ -71,8 +71,14 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "unscaled": {"scale_rewards": "none"},
     "bounded": {"window_last_start": 0.5},
     "cps": {"sde_type": "cps", "eta": 0.5},
-    "rectified, batch std": {"step_weighting": "rectified", "scale_rewards": "batch"},
-    "recommended": {"step_weighting": "rectified", "scale_rewards": "batch", "sde_type": "cps", "eta": 0.5},
+    "decay": {"lr_scheduler_type": "linear"},
+    "recommended": {
+        "step_weighting": "rectified",
+        "scale_rewards": "batch",
+        "sde_type": "cps",
+        "eta": 0.5,
+        "lr_scheduler_type": "linear",
+    },
 }
 # A reward that ignores the scene, and the true ones
 EXPLOITABLE = [("reward_hacking", "color_share")]

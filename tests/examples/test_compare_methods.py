@@ -212,7 +212,6 @@ def test_the_presets_scaled_to_the_toy(script, tmp_path):
     assert [config.eta for config in configs.values()] == [0.3, *[0.7] * 4]
 
 
-@pytest.mark.parametrize("iterations", [1, 70])
 def test_the_time_to_the_best_reward_of_another(report):
     def curve(seconds, rewards):
         return {"curve": {"seconds": [seconds], "reward": [rewards], "iteration": [[0, 1, 2]]}}
@@ -226,6 +225,7 @@ def test_the_time_to_the_best_reward_of_another(report):
     assert found == {"dancegrpo": 1.0, "fast": pytest.approx((10 + 10 / 3) / 50), "never": None}
 
 
+@pytest.mark.parametrize("iterations", [1, 70])
 @pytest.mark.parametrize(
     "axis",
     [
