@@ -85,9 +85,10 @@ def test_files_of_a_comparison(compared):
     files = {str(file.relative_to(compared)) for file in compared.rglob("*") if file.is_file()}
     names = ("dancegrpo", "mixgrpo-flash")
     tuning = {f"tuning/{name}_{rate}.json" for name in names for rate in ("0.001", "0.004")}
-    results = {"results.md", "results.json", "results.png"}
+    results = {"results.md", "results.json", "results.png", "by_window.png"}
     assert files == results | tuning | {f"runs/{name}_0.json" for name in names}  # and no checkpoints
-    assert np.asarray(Image.open(compared / "results.png")).std() > 10
+    for name in ("results.png", "by_window.png"):
+        assert np.asarray(Image.open(compared / name)).std() > 10
     assert list(rows(compared, "NFE")) == ["DanceGRPO", "MixGRPO-Flash"]
 
 
