@@ -218,6 +218,8 @@ def draw_by_window(histories: Mapping[str, list[dict[str, float]]], file: str | 
     for axis, (name, title) in zip(axes, panels.items(), strict=True):
         for label in histories:
             curve = curves[label, name]
+            if len(curve) < 2:
+                continue  # a window that does not move
             axis.plot(curve.keys(), curve.values(), marker="o", markersize=3, label=label)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("first step of the window")

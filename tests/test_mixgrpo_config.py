@@ -22,8 +22,8 @@ def make(tmp_path, **kwargs) -> MixGRPOConfig:
     return MixGRPOConfig(**{"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, **kwargs})
 
 
-def test_the_defaults_are_the_papers(tmp_path):
-    config = make(tmp_path)
+def test_the_preset_is_the_papers_and_the_defaults_differ_in_four_settings(tmp_path):
+    config = MixGRPOConfig.from_preset("mixgrpo", output_dir=str(tmp_path))
     published = {
         "num_inference_steps": 25,
         "window_size": 4,
@@ -44,8 +44,15 @@ def test_the_defaults_are_the_papers(tmp_path):
         "height": 720,
         "width": 720,
         "shared_noise": True,
+        "scale_rewards": "group",
+        "step_weighting": "none",
+        "loss_type": "grpo",
+        "window_last_start": None,
     }
     assert {name: getattr(config, name) for name in published} == published
+    recommended = {"sde_type": "cps", "eta": 0.5, "scale_rewards": "batch", "step_weighting": "rectified"}
+    default = make(tmp_path)
+    assert {name: getattr(default, name) for name in published} == published | recommended
     assert config.optimizer_steps_per_iteration == 4
     assert config.prompts_per_iteration == 1
     schedule = config.window_schedule()

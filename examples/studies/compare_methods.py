@@ -53,8 +53,8 @@ from diffusers_mixgrpo.presets import ACCELERATIONS, PRESETS
 EXAMPLES = Path(__file__).parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
-from compare_report import TRAINING_PASSES, best_of, draw, in_markdown, set_against, summarize  # noqa: E402
-from report import read_yaml  # noqa: E402
+from compare_report import TRAINING_PASSES, best_of, draw, in_markdown, set_against, summarize, title  # noqa: E402
+from report import draw_by_window, read_yaml  # noqa: E402
 
 
 METHODS = ("dancegrpo", "flow-grpo", "mixgrpo", "mixgrpo-flash", "mixgrpo-flash-star")
@@ -71,8 +71,14 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "unscaled": {"scale_rewards": "none"},
     "bounded": {"window_last_start": 0.5},
     "cps": {"sde_type": "cps", "eta": 0.5},
-    "rectified, batch std": {"step_weighting": "rectified", "scale_rewards": "batch"},
-    "recommended": {"step_weighting": "rectified", "scale_rewards": "batch", "sde_type": "cps", "eta": 0.5},
+    "decay": {"lr_scheduler_type": "linear"},
+    "recommended": {
+        "step_weighting": "rectified",
+        "scale_rewards": "batch",
+        "sde_type": "cps",
+        "eta": 0.5,
+        "lr_scheduler_type": "linear",
+    },
 }
 # A reward that ignores the scene, and the true ones
 EXPLOITABLE = [("reward_hacking", "color_share")]
@@ -185,6 +191,10 @@ def main(argv: list[str] | None = None) -> None:
     text = in_markdown(results)
     (folder / "results.md").write_text(text, encoding="utf-8")
     draw(summaries, folder / "results.png")
+    histories = {
+        name: [entry for run in runs if run["name"] == name for entry in run["iterations"]] for name in variants
+    }
+    draw_by_window({title(name): entries for name, entries in histories.items()}, folder / "by_window.png")
     write_json(folder / "results.json", results | {"runs": runs})
     print(f"{text}\nWritten to {folder}: results.md, results.png, results.json, and one file per run.")
 

@@ -82,6 +82,25 @@ def set_against(summaries: dict[str, dict[str, Any]], reference: str) -> None:
             summary["difference"] = [own - other for own, other in pairs]
 
 
+def time_to_best_of(summaries: dict[str, dict[str, Any]], reference: str) -> dict[str, float | None]:
+    """
+    The training time in which each method's mean reward reaches the best one of the reference, relative to the
+    reference's own. `None` if it never does. Between two evaluations, rewards are interpolated.
+    """
+    curves = {name: np.mean(summary["curve"]["reward"], axis=0) for name, summary in summaries.items()}
+    times = {name: np.mean(summary["curve"]["seconds"], axis=0) for name, summary in summaries.items()}
+    goal = curves[reference].max()
+    own = times[reference][curves[reference].argmax()]
+    found: dict[str, float | None] = {}
+    for name, curve in curves.items():
+        later = np.flatnonzero(curve >= goal)
+        found[name] = None
+        if len(later) and later[0] > 0:
+            span = slice(later[0] - 1, later[0] + 1)
+            found[name] = float(np.interp(goal, curve[span], times[name][span]) / own)
+    return found
+
+
 def standard_error(values: Any) -> Any:
     """Along the first axis; 0 for a single value."""
     return np.std(values, axis=0, ddof=min(1, len(values) - 1)) / len(values) ** 0.5
@@ -116,6 +135,7 @@ def in_markdown(results: dict[str, Any]) -> str:
         "## Held-out reward",
         REWARD_NOTE.format(**facts),
         reward_table(summaries, reference),
+        *_along_the_run(summaries, results["reference"]),
         "![Held-out reward against training time and against forward passes](results.png)",
         "## Cost",
         COST_NOTE,
@@ -153,6 +173,24 @@ def reward_table(summaries: dict[str, dict[str, Any]], reference: str | None) ->
     columns["Fully correct images (%)"] = _means(summaries, "wholly_right_after", ".1f", scale=100)
     columns["Extra objects per image"] = [f"{np.mean(s['extra_objects_after']):+.2f}" for s in summaries.values()]
     return table(summaries, columns)
+
+
+def _along_the_run(summaries: dict[str, dict[str, Any]], reference: str) -> list[str]:
+    """The rewards of all evaluations, if they are few, and when each method reaches the best one of the reference."""
+    some = next(iter(summaries.values()))["curve"]["iteration"][0]
+    if not 3 <= len(some) <= 8:
+        return []
+    columns = {}
+    for index, iteration in enumerate(some[1:], 1):
+        values = [np.array([run[index] for run in summary["curve"]["reward"]]) for summary in summaries.values()]
+        means = [f"{value.mean():.3f}" for value in values]
+        columns[f"After {iteration:g}"] = _with_bold([plus_minus(value) for value in values], means, max)
+    if reference in summaries:
+        times = time_to_best_of(summaries, reference).values()
+        columns[f"Time to the best reward of {title(reference)}"] = [
+            "never" if time is None else f"{time:.2f}" for time in times
+        ]
+    return ["### Along the run", "Held-out reward by iterations.", table(summaries, columns)]
 
 
 def cost_table(summaries: dict[str, dict[str, Any]], reference: str | None) -> str:

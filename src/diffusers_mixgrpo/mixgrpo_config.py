@@ -1,4 +1,4 @@
-"""[`MixGRPOConfig`]: the arguments of [`MixGRPOTrainer`], with the paper's values as defaults."""
+"""[`MixGRPOConfig`]: the arguments of [`MixGRPOTrainer`]."""
 
 import copy
 import dataclasses
@@ -47,8 +47,12 @@ class MixGRPOConfig(TrainingArguments):
     stochastic steps. The batch arithmetic is TRL's, with images in the place of completions: an iteration samples
     `per_device_train_batch_size * steps_per_generation` images per device, trains on all of them `num_iterations`
     times, `per_device_train_batch_size` at once, and takes an optimizer step every `gradient_accumulation_steps` of
-    these. The defaults are the paper's setting: 12 images of one prompt per device, 3 per optimizer step, 4 optimizer
+    these. By default, as in the paper, these are 12 images of one prompt per device, 3 per optimizer step, and 4 optimizer
     steps an iteration.
+
+    The defaults differ from the paper in four settings, which keep what a sweep of the window has gained (docs/sweep.md):
+    `sde_type="cps"` with `eta=0.5`, `step_weighting="rectified"` and `scale_rewards="batch"`. [`from_preset`] has the
+    published settings.
 
     Args:
         > Arguments of the sampler
@@ -67,11 +71,11 @@ class MixGRPOConfig(TrainingArguments):
             Static timestep shift, in training and evaluation. `None` keeps the times at which the pipeline's own
             scheduler samples (for many models a shift that depends on the image size), so that the policy is
             trained as a stock pipeline will use it. The paper's runs used 3.0.
-        sde_type (`str`, defaults to `"flow"`):
-            Kind of stochastic step inside the window: `"flow"`, `"dance"`, `"cps"` or `"dpm"`.
-        eta (`float`, defaults to 0.7):
-            Amount of noise inside the window, in [0.01, 3]: below, float32 would lose the noise of small steps; above,
-            the first steps amplify deviations.
+        sde_type (`str`, defaults to `"cps"`):
+            Kind of stochastic step inside the window: `"flow"` (the paper's), `"dance"`, `"cps"` or `"dpm"`.
+        eta (`float`, defaults to 0.5):
+            Amount of noise inside the window, in [0.01, 3], of `"cps"` in [0.01, 1]: below, float32 would lose the
+            noise of small steps; above, the first steps amplify deviations. The paper's `"flow"` has 0.7.
         ode_solver (`str`, defaults to `"euler"`):
             Solver outside the window: `"euler"`, `"dpmsolver++"` or `"unipc"`.
         solver_order (`int`, defaults to 2):
@@ -132,8 +136,10 @@ class MixGRPOConfig(TrainingArguments):
             `"normalize_then_sum"` normalizes each reward in its group before they are summed, as the paper does, so
             that no reward dominates by its scale; unlike TRL's option of this name the sum is not normalized again.
             `"sum_then_normalize"`, TRL's default, normalizes the weighted sum of the rewards.
-        scale_rewards (`str`, defaults to `"group"`):
-            Divide by the standard deviation within the `"group"`, over the whole `"batch"`, or not at all (`"none"`).
+        scale_rewards (`str`, defaults to `"batch"`):
+            Divide rewards, less the mean of their group, by the standard deviation within the `"group"` (the paper),
+            of all images of the iteration (`"batch"`), or not at all (`"none"`). Groups whose rewards hardly differ
+            count as much as the others with `"group"`, and little with the other two.
         advantage_clip (`float`, *optional*, defaults to 5.0):
             Advantages are limited to plus and minus this. TRL does not clip them.
         reward_init_kwargs (`dict`, *optional*):
@@ -167,7 +173,7 @@ class MixGRPOConfig(TrainingArguments):
             `"grpo"` clips the ratio (MixGRPO, Flow-GRPO, DanceGRPO); `"grpo_guard"` clips a ratio that is centered and
             has the same scale at all steps; `"dppo"` does not clip, and drops updates that would raise the exact KL
             divergence from the sampling policy where it is above `kl_threshold`. See [`~core.objectives`].
-        step_weighting (`str`, defaults to `"none"`):
+        step_weighting (`str`, defaults to `"rectified"`):
             Weights of the steps' losses, with mean 1 over the steps that are trained: `"none"`, as published;
             `"rectified"`, so that the gradients of all steps are equally large; `"noise"`, the noise of the step. See
             [`~core.step_weights.step_weights`].
@@ -294,8 +300,8 @@ class MixGRPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Static timestep shift (the paper's runs: 3). If not set, the pipeline's own schedule."},
     )
-    sde_type: str = field(default="flow", metadata={"help": "Stochastic step: flow, dance, cps or dpm."})
-    eta: float = field(default=0.7, metadata={"help": "Amount of noise inside the window."})
+    sde_type: str = field(default="cps", metadata={"help": "Stochastic step: flow, dance, cps or dpm."})
+    eta: float = field(default=0.5, metadata={"help": "Amount of noise inside the window."})
     ode_solver: str = field(default="euler", metadata={"help": "Outside the window: euler, dpmsolver++ or unipc."})
     solver_order: int = field(default=2, metadata={"help": "Order of a higher-order solver."})
     prefix_ratio: float = field(default=1.0, metadata={"help": "Share of the steps before the window to run."})
@@ -336,7 +342,7 @@ class MixGRPOConfig(TrainingArguments):
         default="normalize_then_sum",
         metadata={"help": "Several rewards: normalize_then_sum (as the paper) or sum_then_normalize."},
     )
-    scale_rewards: str = field(default="group", metadata={"help": "Scale rewards by the std of: group, batch, none."})
+    scale_rewards: str = field(default="batch", metadata={"help": "Scale rewards by the std of: group, batch, none."})
     advantage_clip: float | None = field(default=5.0, metadata={"help": "Limit of the advantages."})
     reward_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -363,7 +369,7 @@ class MixGRPOConfig(TrainingArguments):
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range; epsilon if not set."})
     loss_type: str = field(default="grpo", metadata={"help": "The objective: grpo, grpo_guard or dppo."})
     step_weighting: str = field(
-        default="none", metadata={"help": "Weights of the steps' losses: none, rectified or noise."}
+        default="rectified", metadata={"help": "Weights of the steps' losses: none, rectified or noise."}
     )
     kl_threshold: float = field(default=1e-5, metadata={"help": "Trust region of dppo, in nats per latent element."})
     beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL divergence from the reference model."})

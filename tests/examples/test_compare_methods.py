@@ -85,9 +85,10 @@ def test_files_of_a_comparison(compared):
     files = {str(file.relative_to(compared)) for file in compared.rglob("*") if file.is_file()}
     names = ("dancegrpo", "mixgrpo-flash")
     tuning = {f"tuning/{name}_{rate}.json" for name in names for rate in ("0.001", "0.004")}
-    results = {"results.md", "results.json", "results.png"}
+    results = {"results.md", "results.json", "results.png", "by_window.png"}
     assert files == results | tuning | {f"runs/{name}_0.json" for name in names}  # and no checkpoints
-    assert np.asarray(Image.open(compared / "results.png")).std() > 10
+    for name in ("results.png", "by_window.png"):
+        assert np.asarray(Image.open(compared / name)).std() > 10
     assert list(rows(compared, "NFE")) == ["DanceGRPO", "MixGRPO-Flash"]
 
 
@@ -210,6 +211,19 @@ def test_the_presets_scaled_to_the_toy(script, tmp_path):
     assert [config.suffix_ratio for config in configs.values()] == [1, 1, 1, 0.4, 0.2]
     assert [config.sde_type for config in configs.values()] == ["dance", *["flow"] * 4]
     assert [config.eta for config in configs.values()] == [0.3, *[0.7] * 4]
+
+
+def test_the_time_to_the_best_reward_of_another(report):
+    def curve(seconds, rewards):
+        return {"curve": {"seconds": [seconds], "reward": [rewards], "iteration": [[0, 1, 2]]}}
+
+    summaries = {
+        "dancegrpo": curve([0, 50, 100], [0.5, 0.7, 0.6]),
+        "fast": curve([0, 10, 20], [0.5, 0.6, 0.9]),
+        "never": curve([0, 10, 20], [0.5, 0.6, 0.65]),
+    }
+    found = report.time_to_best_of(summaries, "dancegrpo")
+    assert found == {"dancegrpo": 1.0, "fast": pytest.approx((10 + 10 / 3) / 50), "never": None}
 
 
 @pytest.mark.parametrize("iterations", [1, 70])

@@ -44,4 +44,5 @@ def step_weights(weighting: str, transitions: Transitions, trained: Sequence[int
     else:
         legal = ", ".join(map(repr, STEP_WEIGHTINGS))
         raise ValueError(f"`step_weighting` must be one of {legal}, got {weighting!r}.")
-    return weights / weights[list(trained)].mean()
+    # Not indexed by a list, whose copy the device would wait for
+    return weights / torch.stack([weights[step] for step in trained]).mean()
