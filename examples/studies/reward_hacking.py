@@ -43,6 +43,8 @@ SHOWN = (
     "two blue circles in a row on white",
 )
 ALARM = "#aa3377"
+# Of MixGRPO, where the defaults differ
+PUBLISHED = {"sde_type": "flow", "eta": 0.7, "step_weighting": "none", "scale_rewards": "group"}
 SETTINGS = (
     "height",
     "width",
@@ -102,6 +104,7 @@ def make_trainer(args: Arguments, folder: str) -> MixGRPOTrainer:
     steps_per_iteration = 2  # of 64 images
     config = MixGRPOConfig(
         **{name: shared[name] for name in SETTINGS},
+        **PUBLISHED,
         num_generations=8,
         per_device_train_batch_size=32,
         steps_per_generation=steps_per_iteration,
