@@ -53,7 +53,7 @@ def test_the_true_reward_raises_none(study):
     # All held-out prompts, or the rise would be within the noise, where the guard does not look
     result = study("--honest", "--num_eval_prompts", "253", "--eval_every", "8")
     points = result["evaluations"]
-    assert points[-1]["eval_reward"] >= 0.8
+    assert points[-1]["eval_rewards/wholly_right/mean"] > points[0]["eval_rewards/wholly_right/mean"]
     count = result["baseline"]["reward"][2]
     before, after = (
         Summary(point["eval_reward"], point["eval_reward_se"] * count**0.5, count) for point in (points[0], points[-1])
