@@ -81,7 +81,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     },
 }
 # A reward that ignores the scene, and the true ones
-EXPLOITABLE = [("reward_hacking", "color_share")]
+EXPLOITABLE = [("reward_hacking", "redness")]
 EXPLOITABLE += [("diffusers_mixgrpo.toy", name) for name in ("toy_reward", "wholly_right", "extra_objects")]
 # Settings of the shared configuration that belong to a method, or that this script sets itself
 METHOD_SETTINGS = ("sde_type", "eta", "ode_solver", "solver_order", "prefix_ratio", "suffix_ratio")

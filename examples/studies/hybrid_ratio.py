@@ -2,7 +2,7 @@
 
     python examples/studies/hybrid_ratio.py
 
-Trains all weights of the bundled tiny FLUX on its true reward, and on one that ignores the scene (`color_share` of
+Trains all weights of the bundled tiny FLUX on its true reward, and on one that ignores the prompt (`redness` of
 `reward_hacking.py`), and lets the trained model take different shares of the denoising steps of held-out images.
 Writes `results.json`, `results.md` and `results.png`.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from reward_hacking import color_share
+from reward_hacking import redness
 from tqdm import tqdm
 from transformers import HfArgumentParser, PrinterCallback
 
@@ -29,7 +29,7 @@ from compare_report import plus_minus, standard_error, table  # noqa: E402
 from report import plt, read_yaml  # noqa: E402
 
 
-REWARDS = {"true reward": toy.toy_reward, "color share": color_share}
+REWARDS = {"true reward": toy.toy_reward, "redness": redness}
 STEPS = ("height", "width", "max_sequence_length", "num_inference_steps")
 
 

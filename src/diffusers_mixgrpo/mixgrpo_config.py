@@ -47,10 +47,10 @@ class MixGRPOConfig(TrainingArguments):
     stochastic steps. The batch arithmetic is TRL's, with images in the place of completions: an iteration samples
     `per_device_train_batch_size * steps_per_generation` images per device, trains on all of them `num_iterations`
     times, `per_device_train_batch_size` at once, and takes an optimizer step every `gradient_accumulation_steps` of
-    these. By default, as in the paper, these are 12 images of one prompt per device, 3 per optimizer step, and 4 optimizer
-    steps an iteration.
+    these. By default, as in the paper, these are 12 images of one prompt per device, 3 per optimizer step, and 4
+    optimizer steps an iteration.
 
-    The defaults differ from the paper in four settings, which keep what a sweep of the window has gained (docs/sweep.md):
+    The defaults differ from the paper in settings that keep what a sweep of the window has gained (docs/sweep.md):
     `sde_type="cps"` with `eta=0.5`, `step_weighting="rectified"` and `scale_rewards="batch"`. [`from_preset`] has the
     published settings.
 
