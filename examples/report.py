@@ -303,7 +303,7 @@ def check_reload(trainer: MixGRPOTrainer, model: str, examples: list[Example]) -
     images = pipe(
         [example.prompt for example in examples],
         generator=[torch.Generator().manual_seed(args.eval_seed + example.index) for example in examples],
-        **trainer.engine.eval_policy.call_arguments,
+        **trainer.evaluator.policy.call_arguments,
     ).images
     difference = 0
     for image, example in zip(images, examples, strict=True):

@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     points = recorder.points
     guard = next(part for part in trainer.callback_handler.callbacks if isinstance(part, HackingGuard))
     write(points, guard, output.with_suffix(".json"))
-    draw(points, guard, trainer.reward_names[0], trainer.engine.eval_rewards.names[0], output)
+    draw(points, guard, trainer.reward_names[0], trainer.evaluator.rewards.names[0], output)
     print(f"Written to {output}, and the evaluations beside it.")
 
 

@@ -41,7 +41,8 @@ from .training.callbacks import IterationCallback, RewardProgressCallback
 from .training.checkpoints import ROLLOUT_NAME, STATE_NAME, clean_up, find_checkpoint, publish, staging_folder
 from .training.datasets import check_dataset, evaluations
 from .training.ema import EMAWeights
-from .training.engine import Engine, Evaluation, Rollout, TrainingBatch, make_scheduler
+from .training.engine import Engine, Rollout, TrainingBatch, make_scheduler
+from .training.evaluation import Evaluation, Evaluator
 from .training.faults import FaultBoard, RankError
 from .training.hacking_guard import HackingGuard
 from .training.interruptions import Interruptions, StopOnAllRanks
@@ -94,6 +95,7 @@ class MixGRPOTrainer(Trainer):
 
     Attributes:
         engine ([`~training.engine.Engine`]): Samples, scores and trains the images of an iteration.
+        evaluator ([`~training.evaluation.Evaluator`]): Samples and scores the images of evaluations.
         ema ([`~training.ema.EMAWeights`], *optional*): With `ema_decay`, the moving average of the trained weights.
         eval_rewards (`torch.Tensor` of shape `(K, n)`, *optional*): The `K` trained rewards of each of the `n` prompts
             in the last evaluation of the trained weights, NaN where an image could not be scored.
@@ -190,7 +192,8 @@ class MixGRPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.engine = Engine(policy, scheduler, args, rewards, self.accelerator, self.weights, eval_rewards)
+        self.engine = Engine(policy, scheduler, args, rewards, self.accelerator, self.weights)
+        self.evaluator = Evaluator(self.engine, eval_rewards)
         self.metrics = MetricBuffer(self.accelerator, args.device)
         self.ema: EMAWeights | None = None
         if args.ema_decay is not None:
@@ -268,6 +271,7 @@ class MixGRPOTrainer(Trainer):
             try:
                 if self.train_dataset is not None:
                     self.engine.try_rewards(self.train_dataset)
+                    self.evaluator.try_rewards(self.train_dataset)
                 self._resumed_from = self._find_checkpoint(resume_from_checkpoint)
                 return super().train(self._resumed_from, trial, ignore_keys_for_eval)
             except BaseException as error:
@@ -304,8 +308,7 @@ class MixGRPOTrainer(Trainer):
         self._pass_size = None
         self._nonfinite_steps = NonFiniteSteps(self.args.max_nonfinite_steps)
         self._iteration_callback.reset()
-        for runner in self.engine.reward_runners:
-            runner.clear()
+        self.evaluator.clear()
         self.engine.timer.pop()
         self.metrics.clear()
 
@@ -482,7 +485,7 @@ class MixGRPOTrainer(Trainer):
     def _evaluate_weights(self, dataset: PromptDataset) -> tuple[Evaluation, dict[str, float]]:
         """An evaluation of the weights that the model has now, and what to log about it."""
         start = time.perf_counter()
-        evaluation = self.engine.evaluate(dataset, self._inference_model)
+        evaluation = self.evaluator.evaluate(dataset, self._inference_model)
         return evaluation, evaluation.statistics | {"runtime": time.perf_counter() - start}
 
     @property
@@ -509,7 +512,7 @@ class MixGRPOTrainer(Trainer):
             `list[PIL.Image.Image]` of length `n`: those of the stock pipeline with the same prompts and generators.
         """
         seeds = [self.args.eval_seed + i for i in range(len(prompts))] if seeds is None else seeds
-        return self.engine.sample_images(prompts, seeds, self._inference_model)
+        return self.evaluator.sample_images(prompts, seeds, self._inference_model)
 
     # ---- Logging ----
 

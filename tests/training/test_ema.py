@@ -310,7 +310,7 @@ def test_an_error_while_the_average_is_in_the_model(make):
     straight = make(**arguments)
     straight.train()
     failing = make(**arguments)
-    evaluate = failing.engine.evaluate
+    evaluate = failing.evaluator.evaluate
     calls = itertools.count()
 
     def fails(*args):
@@ -321,7 +321,7 @@ def test_an_error_while_the_average_is_in_the_model(make):
         return evaluate(*args)
 
     raw: dict[str, torch.Tensor] = {}
-    failing.engine.evaluate = fails
+    failing.evaluator.evaluate = fails
     with pytest.raises(KeyboardInterrupt) as caught:
         failing.train()
     assert "checkpoint-2" in caught.value.__notes__[0]

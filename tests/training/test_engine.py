@@ -16,6 +16,7 @@ from diffusers_mixgrpo import Engine, RewardError, policy_class
 from diffusers_mixgrpo.policies.preparation import prepare_pipeline
 from diffusers_mixgrpo.rewards.runner import RewardRunner
 from diffusers_mixgrpo.training.engine import make_scheduler
+from diffusers_mixgrpo.training.evaluation import Evaluator
 
 
 ROWS = PROMPTS[:2]
@@ -223,7 +224,7 @@ def test_a_cache_is_used_outside_the_window_only(make, cache):
     for step in (0, 1):
         assert (engines[1].objective(cached, torch.arange(8), torch.full([8], step)).ratio == 1).all()
     # Evaluations do not use it either.
-    images = [engine.sample_images(["a cat"], [0]) for engine in engines]
+    images = [Evaluator(engine).sample_images(["a cat"], [0]) for engine in engines]
     assert np.array_equal(pixels(images[0]), pixels(images[1]))
 
 
@@ -554,9 +555,9 @@ def test_evaluation_does_not_depend_on_batches(make):
     images = []
     for size in (1, 2, 5):
         engine.settings.per_device_eval_batch_size = size
-        rewards = engine.evaluate(PROMPTS).rewards
+        rewards = Evaluator(engine).evaluate(PROMPTS).rewards
         assert rewards.shape == (2, 5) and (rewards[1] == 1).all()
-        images.append(pixels(engine.sample_images([row["prompt"] for row in PROMPTS], range(5))))
+        images.append(pixels(Evaluator(engine).sample_images([row["prompt"] for row in PROMPTS], range(5))))
         assert rewards[0].tolist() == redness([], [Image.fromarray(image.astype("uint8")) for image in images[-1]])
     assert max(np.abs(other - images[0]).max() for other in images) <= 1
 
@@ -568,7 +569,7 @@ def test_evaluation_does_not_depend_on_batches(make):
 def test_evaluation_images_are_those_of_the_stock_pipeline(make, kwargs):
     engine = make(**kwargs, sde_type="dance", ode_solver="dpmsolver++")
     list(engine.sample(engine.plan(0, ROWS)))  # at the size of training
-    images = engine.sample_images(["a cat", "red"], [7, 8])
+    images = Evaluator(engine).sample_images(["a cat", "red"], [7, 8])
     pipe = engine.policy.pipe
     if "shift" in kwargs:
         assert pipe.scheduler.config.use_dynamic_shifting  # the pipeline keeps its own
@@ -587,7 +588,7 @@ def test_evaluation_has_the_timestep_shift_of_its_own_size(make):
     pipe = engine.policy.pipe
     training, evaluation = (make_scheduler(pipe.scheduler, engine.settings, evaluation=True) for _ in range(2))
     engine.policy.prepare_scheduler(training)
-    engine.eval_policy.prepare_scheduler(evaluation)
+    Evaluator(engine).policy.prepare_scheduler(evaluation)
     steps = {"num_inference_steps": SMALL["num_inference_steps"], "max_sequence_length": 12}
     pipe("a", height=64, width=32, output_type="latent", **steps)
     assert torch.equal(evaluation.sigmas, pipe.scheduler.sigmas)

@@ -148,6 +148,21 @@ class RewardRunner:
             raise wrong or RewardError(reported[0])
         return torch.tensor(scores, dtype=torch.float64)
 
+    def try_on_gray_images(self, dataset: Any, size: tuple[int, int]) -> None:
+        """
+        Call each reward on two gray images, so that a broken one is found before a rollout.
+
+        Args:
+            dataset (indexable collection of `dict`): Rows with a `"prompt"`, whose first ones are used.
+            size (`tuple[int, int]`): Width and height of the images in pixels.
+
+        Raises:
+            [`RewardError`]: If a reward raises, or returns anything but one score per image.
+        """
+        rows = [dict(dataset[i % len(dataset)]) for i in range(2)]
+        self.start(rows, [Image.new("RGB", size, "gray") for _ in rows])
+        check_failures(self.finish(), self.names, limit=None, errors=self.errors)
+
     def all_errors(self) -> Mapping[str, Exception | str]:
         """The last error of each reward that has one on any rank. All ranks must call this method."""
         if PartialState().num_processes == 1:

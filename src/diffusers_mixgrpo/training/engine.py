@@ -35,22 +35,17 @@ from ..core.objectives import (
     masked_objective,
 )
 from ..core.policy import Conditioning
-from ..core.rollout import Trajectory, sample_batches, sample_trajectories
+from ..core.rollout import Trajectory, sample_batches
 from ..core.step_weights import step_weights
 from ..core.transitions import Transitions, gaussian_kl, velocity_kl
 from ..mixgrpo_config import MixGRPOConfig
 from ..policies import PipelinePolicy
 from ..policies.accelerations import accelerated_ode
 from ..policies.preparation import TrainedWeights, make_reference
-from ..rewards.runner import RewardRunner, check_failures, reward_statistics, statistics_by_reward
+from ..rewards.runner import RewardRunner, check_failures, reward_statistics
 from ..scheduling_mixed_ode_sde import MixedODESDEScheduler
-from .hacking_guard import IMAGES, REWARD, UNTRAINED
-from .image_statistics import downsample, image_statistics, spread
 from .phase_timer import PhaseTimer
 from .plan import IterationPlan, PromptDataset, Row, draw_order, plan_iteration
-
-
-MAX_PAIRS = 16  # prompts with a second image in evaluations
 
 
 @dataclass
@@ -126,23 +121,6 @@ class Rollout:
         }
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """
-    The result of an evaluation on `n` prompts.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(K, n)`): The trained rewards, NaN where an image could not be scored.
-        series (`dict[str, torch.Tensor]`): What [`HackingGuard.judge`] compares: the weighted trained reward, each
-            reward that is not trained on, and the image statistics, with one value per prompt.
-        statistics (`dict[str, float]`): What to log.
-    """
-
-    rewards: Tensor
-    series: dict[str, Tensor]
-    statistics: dict[str, float]
-
-
 @dataclass
 class TrainingPass:
     """One forward and backward pass: its `n` transitions, by image and window step, with losses and ratios."""
@@ -173,11 +151,8 @@ class Engine:
         rewards ([`RewardRunner`]): It scores images.
         accelerator ([`~accelerate.Accelerator`]): Precision, devices, and backward passes.
         weights ([`TrainedWeights`]): Which weights of the transformer are trained.
-        eval_rewards ([`RewardRunner`], *optional*): It scores the images of evaluations with rewards that are not
-            trained on.
 
     Attributes:
-        eval_policy ([`PipelinePolicy`]): The policy with the number of steps and the image size of evaluations.
         encode (`Callable`): Prompts to [`Conditioning`]. The policy's own method, unless replaced by
             [`~policies.prompt_embeds.CachedPrompts.encode`].
         timer ([`PhaseTimer`]): Seconds of the phases `sampling`, `decoding`, `reward` and `training`.
@@ -191,18 +166,13 @@ class Engine:
         rewards: RewardRunner,
         accelerator: Accelerator,
         weights: TrainedWeights,
-        eval_rewards: RewardRunner | None = None,
     ) -> None:
         self.policy = policy
-        self.eval_policy = policy.with_sampling(
-            settings.eval_num_inference_steps, settings.eval_height, settings.eval_width
-        )
         self.scheduler = scheduler
         self.settings = settings
         self.rewards = rewards
         self.accelerator = accelerator
         self.weights = weights
-        self.eval_rewards = eval_rewards
         self.encode: Callable[[Sequence[str]], Conditioning] = policy.encode
         self.timer = PhaseTimer(settings.device)
         self.window_schedule = settings.window_schedule()
@@ -213,11 +183,6 @@ class Engine:
         self._accelerated_ode = functools.partial(
             accelerated_ode, policy.pipe.transformer, settings.ode_cache_config(), settings.merge_lora
         )
-
-    @property
-    def reward_runners(self) -> list[RewardRunner]:
-        """That of the trained rewards and, if there are any, that of the others."""
-        return [self.rewards] if self.eval_rewards is None else [self.rewards, self.eval_rewards]
 
     @property
     def is_sharded(self) -> bool:
@@ -478,11 +443,7 @@ class Engine:
         Raises:
             [`RewardError`]: If a reward raises, or returns anything but one score per image.
         """
-        rows = [dict(dataset[i % len(dataset)]) for i in range(2)]
-        size = (self.policy.width, self.policy.height)
-        for runner in self.reward_runners:
-            runner.start(rows, [Image.new("RGB", size, "gray") for _ in rows])
-            check_failures(runner.finish(), runner.names, limit=None, errors=runner.errors)
+        self.rewards.try_on_gray_images(dataset, (self.policy.width, self.policy.height))
 
     # ---- 4. Losses and gradient ----
 
@@ -649,94 +610,6 @@ class Engine:
                 yield
         finally:
             state._set_sync_gradients(True)
-
-    # ---- Evaluation ----
-
-    def evaluate(self, dataset: PromptDataset, transformer: nn.Module | None = None) -> Evaluation:
-        """
-        Rewards and statistics of the deterministic sampler's images of `n` prompts. Ranks share the prompts evenly.
-
-        The first prompts, at most `MAX_PAIRS`, have a second image for the statistic `spread`, which is not scored.
-
-        Args:
-            dataset ([`PromptDataset`] of length `n`): The prompts. Prompt `i` is sampled with seed `eval_seed + i`,
-                and its second image with `eval_seed + n + i`.
-            transformer (`torch.nn.Module`, *optional*): The module to call instead of the policy's own transformer.
-        """
-        count = len(dataset)
-        seed = self.settings.eval_seed
-        scores = []
-        pixels = []
-        for rows, images in self._share_of_images(dataset, count, seed, transformer):
-            for runner in self.reward_runners:
-                runner.start(rows, images)
-            scores.append(torch.cat([runner.finish() for runner in self.reward_runners]).movedim(1, 0))
-            pixels.append(torch.from_numpy(downsample(images)))
-        pairs = min(count, MAX_PAIRS)
-        seconds = self._share_of_images(dataset, pairs, seed + count, transformer)
-        other_pixels = [torch.from_numpy(downsample(images)) for _, images in seconds]
-
-        everyone = self.gather(torch.cat(scores))[:count].movedim(0, 1)
-        small = self.gather(torch.cat(pixels))[:count].numpy()
-        statistics = image_statistics(small)
-        statistics["spread"] = spread(small[:pairs], self.gather(torch.cat(other_pixels))[:pairs].numpy())
-        return self._evaluation(everyone, {name: torch.from_numpy(values) for name, values in statistics.items()})
-
-    def _share_of_images(
-        self, dataset: PromptDataset, count: int, seed: int, transformer: nn.Module | None
-    ) -> Iterator[tuple[list[Row], list[Image.Image]]]:
-        """This rank's share of the images of the first `count` prompts, of which prompt `i` has `seed + i`."""
-        share = math.ceil(count / self.accelerator.num_processes)
-        first = self.accelerator.process_index * share
-        # The last ranks may repeat some prompts, to run as many passes as the others.
-        indices = [i % count for i in range(first, first + share)]
-        size = self.settings.per_device_eval_batch_size
-        for start in range(0, share, size):
-            chosen = indices[start : start + size]
-            rows = [dict(dataset[i]) for i in chosen]
-            prompts = [row["prompt"] for row in rows]
-            yield rows, self.sample_images(prompts, [seed + i for i in chosen], transformer)
-
-    def _evaluation(self, scores: Tensor, images: dict[str, Tensor]) -> Evaluation:
-        """From the scores of the trained rewards and the others, one row each, and the image statistics."""
-        trained = len(self.rewards.names)
-        rewards, others = scores[:trained], scores[trained:]
-        names = [] if self.eval_rewards is None else self.eval_rewards.names
-        series = {REWARD: combine_rewards(rewards, self.reward_weights)}
-        series |= {f"{UNTRAINED}{name}": values for name, values in zip(names, others, strict=True)}
-        series |= {f"{IMAGES}{name}": values for name, values in images.items()}
-        statistics = reward_statistics(rewards, self.rewards.names, self.reward_weights)
-        statistics |= statistics_by_reward(others, names)
-        statistics |= {f"{IMAGES}{name}": float(values.mean()) for name, values in images.items()}
-        return Evaluation(rewards, series, statistics)
-
-    @torch.no_grad()
-    def sample_images(
-        self, prompts: Sequence[str], seeds: Sequence[int], transformer: nn.Module | None = None
-    ) -> list[Image.Image]:
-        """
-        Images of the current policy by the deterministic sampler.
-
-        Args:
-            prompts (`Sequence[str]` of length `n`): The prompts.
-            seeds (`Sequence[int]` of length `n`): Their seeds.
-            transformer (`torch.nn.Module`, *optional*): The module to call instead of the policy's own transformer.
-
-        Returns:
-            `list[PIL.Image.Image]` of length `n`: those of the stock pipeline with the same prompts and generators.
-        """
-        settings = self.settings
-        policy = self.eval_policy
-        scheduler = make_scheduler(policy.pipe.scheduler, settings, evaluation=True)
-        images: list[Image.Image] = []
-        size = settings.per_device_eval_batch_size
-        for start in range(0, len(prompts), size):
-            conditioning = self.encode(prompts[start : start + size])
-            latents = policy.initial_latents(seeds[start : start + size])
-            with self.autocast():
-                trajectory = sample_trajectories(policy, scheduler, conditioning, latents, transformer=transformer)
-            images += self.decode(policy, trajectory.latents, settings.decode_batch_size)
-        return images
 
     # ---- Ranks ----
 

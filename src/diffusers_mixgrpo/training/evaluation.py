@@ -1,0 +1,159 @@
+"""[`Evaluator`]: images of the deterministic sampler on held-out prompts, and what they score."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..core.advantages import combine_rewards
+from ..core.rollout import sample_trajectories
+from ..rewards.runner import RewardRunner, reward_statistics, statistics_by_reward
+from .engine import Engine, make_scheduler
+from .hacking_guard import IMAGES, REWARD, UNTRAINED
+from .image_statistics import downsample, image_statistics, spread
+from .plan import PromptDataset, Row
+
+
+MAX_PAIRS = 16  # prompts with a second image
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    The result of an evaluation on `n` prompts.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(K, n)`): The trained rewards, NaN where an image could not be scored.
+        series (`dict[str, torch.Tensor]`): What [`HackingGuard.judge`] compares: the weighted trained reward, each
+            reward that is not trained on, and the image statistics, with one value per prompt.
+        statistics (`dict[str, float]`): What to log.
+    """
+
+    rewards: Tensor
+    series: dict[str, Tensor]
+    statistics: dict[str, float]
+
+
+class Evaluator:
+    """
+    Samples images with the engine's policy and without noise, and scores them.
+
+    Args:
+        engine ([`~training.engine.Engine`]): Its policy is evaluated, and its rewards are the trained ones.
+        rewards ([`RewardRunner`], *optional*): Rewards that are never trained on.
+
+    Attributes:
+        policy ([`PipelinePolicy`]): The policy with the number of steps and the image size of evaluations.
+    """
+
+    def __init__(self, engine: Engine, rewards: RewardRunner | None = None) -> None:
+        settings = engine.settings
+        self.engine = engine
+        self.settings = settings
+        self.rewards = rewards
+        self.policy = engine.policy.with_sampling(
+            settings.eval_num_inference_steps, settings.eval_height, settings.eval_width
+        )
+
+    @property
+    def _runners(self) -> list[RewardRunner]:
+        return [self.engine.rewards] if self.rewards is None else [self.engine.rewards, self.rewards]
+
+    def try_rewards(self, dataset: PromptDataset) -> None:
+        """As [`Engine.try_rewards`], of the rewards that are never trained on."""
+        if self.rewards is not None:
+            self.rewards.try_on_gray_images(dataset, (self.policy.width, self.policy.height))
+
+    def clear(self) -> None:
+        """Discard images whose scores have not been collected."""
+        for runner in self._runners:
+            runner.clear()
+
+    def evaluate(self, dataset: PromptDataset, transformer: nn.Module | None = None) -> Evaluation:
+        """
+        Rewards and statistics of the deterministic sampler's images of `n` prompts. Ranks share the prompts evenly.
+
+        The first prompts, at most `MAX_PAIRS`, have a second image for the statistic `spread`, which is not scored.
+
+        Args:
+            dataset ([`PromptDataset`] of length `n`): The prompts. Prompt `i` is sampled with seed `eval_seed + i`,
+                and its second image with `eval_seed + n + i`.
+            transformer (`torch.nn.Module`, *optional*): The module to call instead of the policy's own transformer.
+        """
+        count = len(dataset)
+        seed = self.settings.eval_seed
+        scores = []
+        pixels = []
+        for rows, images in self._share_of_images(dataset, count, seed, transformer):
+            for runner in self._runners:
+                runner.start(rows, images)
+            scores.append(torch.cat([runner.finish() for runner in self._runners]).movedim(1, 0))
+            pixels.append(torch.from_numpy(downsample(images)))
+        pairs = min(count, MAX_PAIRS)
+        seconds = self._share_of_images(dataset, pairs, seed + count, transformer)
+        other_pixels = [torch.from_numpy(downsample(images)) for _, images in seconds]
+
+        everyone = self.engine.gather(torch.cat(scores))[:count].movedim(0, 1)
+        small = self.engine.gather(torch.cat(pixels))[:count].numpy()
+        statistics = image_statistics(small)
+        statistics["spread"] = spread(small[:pairs], self.engine.gather(torch.cat(other_pixels))[:pairs].numpy())
+        return self._evaluation(everyone, {name: torch.from_numpy(values) for name, values in statistics.items()})
+
+    def _share_of_images(
+        self, dataset: PromptDataset, count: int, seed: int, transformer: nn.Module | None
+    ) -> Iterator[tuple[list[Row], list[Image.Image]]]:
+        """This rank's share of the images of the first `count` prompts, of which prompt `i` has `seed + i`."""
+        share = math.ceil(count / self.engine.accelerator.num_processes)
+        first = self.engine.accelerator.process_index * share
+        # The last ranks may repeat some prompts, to run as many passes as the others.
+        indices = [i % count for i in range(first, first + share)]
+        size = self.settings.per_device_eval_batch_size
+        for start in range(0, share, size):
+            chosen = indices[start : start + size]
+            rows = [dict(dataset[i]) for i in chosen]
+            prompts = [row["prompt"] for row in rows]
+            yield rows, self.sample_images(prompts, [seed + i for i in chosen], transformer)
+
+    def _evaluation(self, scores: Tensor, images: dict[str, Tensor]) -> Evaluation:
+        """From the scores of the trained rewards and the others, one row each, and the image statistics."""
+        trained = self.engine.rewards.names
+        rewards, others = scores[: len(trained)], scores[len(trained) :]
+        names = [] if self.rewards is None else self.rewards.names
+        series = {REWARD: combine_rewards(rewards, self.engine.reward_weights)}
+        series |= {f"{UNTRAINED}{name}": values for name, values in zip(names, others, strict=True)}
+        series |= {f"{IMAGES}{name}": values for name, values in images.items()}
+        statistics = reward_statistics(rewards, trained, self.engine.reward_weights)
+        statistics |= statistics_by_reward(others, names)
+        statistics |= {f"{IMAGES}{name}": float(values.mean()) for name, values in images.items()}
+        return Evaluation(rewards, series, statistics)
+
+    @torch.no_grad()
+    def sample_images(
+        self, prompts: Sequence[str], seeds: Sequence[int], transformer: nn.Module | None = None
+    ) -> list[Image.Image]:
+        """
+        Images of the current policy by the deterministic sampler.
+
+        Args:
+            prompts (`Sequence[str]` of length `n`): The prompts.
+            seeds (`Sequence[int]` of length `n`): Their seeds.
+            transformer (`torch.nn.Module`, *optional*): The module to call instead of the policy's own transformer.
+
+        Returns:
+            `list[PIL.Image.Image]` of length `n`: those of the stock pipeline with the same prompts and generators.
+        """
+        settings = self.settings
+        policy = self.policy
+        scheduler = make_scheduler(policy.pipe.scheduler, settings, evaluation=True)
+        images: list[Image.Image] = []
+        size = settings.per_device_eval_batch_size
+        for start in range(0, len(prompts), size):
+            conditioning = self.engine.encode(prompts[start : start + size])
+            latents = policy.initial_latents(seeds[start : start + size])
+            with self.engine.autocast():
+                trajectory = sample_trajectories(policy, scheduler, conditioning, latents, transformer=transformer)
+            images += self.engine.decode(policy, trajectory.latents, settings.decode_batch_size)
+        return images
