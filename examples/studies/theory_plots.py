@@ -27,6 +27,7 @@ from torch import Tensor
 
 from diffusers_mixgrpo import MixedODESDEScheduler, WindowSchedule, gaussian_kl
 from diffusers_mixgrpo.core.advantages import group_normalize
+from diffusers_mixgrpo.core.step_weights import step_weights
 
 
 # Kind of SDE -> the noise level that its authors use
@@ -578,6 +579,34 @@ def draw_kl(output: str, samples: int) -> None:
 # ---- Windows ----
 
 
+def draw_step_weights(output: str, steps: int = 25, shift: float = 3.0) -> None:
+    """`theory_step_weights.png`: the gradient scale of a log-prob by step, before and after weighting."""
+    etas = ETA | {"cps": 0.5}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharex=True, sharey=True, layout="constrained")
+    names = {"none": "as published", "rectified": "rectified", "noise": "noise"}
+    rows = []
+    for kind, eta in etas.items():
+        scheduler = make_scheduler(steps, 0, steps - 1, sde_type=kind, eta=eta, shift=shift)
+        transitions = scheduler.transitions()
+        sensitivities = transitions.sensitivities()
+        row = [f"`{kind}`", eta]
+        for axis, weighting in zip(axes, names, strict=True):
+            values = (sensitivities * step_weights(weighting, transitions, range(steps - 1))).tolist()
+            axis.plot(range(steps - 1), values, label=f"{kind}, eta {eta:g}", markersize=3, **STYLE[kind])
+            row.append(f"{max(values) / min(values):.3g}")
+        rows.append(row)
+    for axis, name in zip(axes, names.values(), strict=True):
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("step")
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("gradient scale of a log-prob x weight")
+    axes[0].legend(fontsize=8)
+    print(f"\nLargest over smallest gradient scale, {steps} steps, shift {shift:g}")
+    table(["SDE type", "eta", *names.values()], rows)
+    save(figure, output, "theory_step_weights.png")
+
+
 def draw_windows(output: str, iterations: int = 600) -> None:
     """`windows.png`: window position by iteration, and the share of iterations that train each step."""
     schedules = {
@@ -643,6 +672,7 @@ def main() -> None:
     args = parser.parse_args()
     os.makedirs(args.output, exist_ok=True)
     draw_windows(args.output)
+    draw_step_weights(args.output)
     draw_marginals(args.output)
     print_solver_orders()
     print_wide_windows()
