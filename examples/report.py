@@ -225,7 +225,8 @@ def draw_by_window(histories: Mapping[str, list[dict[str, float]]], file: str | 
         axis.set_xlabel("first step of the window")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
+    if any(value > 0 for label in histories for value in curves[label, "grad_norm"].values()):
+        axes[0].set_yscale("log")
     if len(histories) > 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(file, dpi=120)

@@ -84,7 +84,15 @@ REMEDIES: dict[str, dict[str, Any]] = {
 EXPLOITABLE = [("reward_hacking", "redness")]
 EXPLOITABLE += [("diffusers_mixgrpo.toy", name) for name in ("toy_reward", "wholly_right", "extra_objects")]
 # Settings of the shared configuration that belong to a method, or that this script sets itself
-METHOD_SETTINGS = ("sde_type", "eta", "ode_solver", "solver_order", "prefix_ratio", "suffix_ratio")
+METHOD_SETTINGS = (
+    "sde_type",
+    "eta",
+    "ode_solver",
+    "solver_order",
+    "prefix_ratio",
+    "suffix_ratio",
+    "lr_scheduler_type",
+)
 RUN_SETTINGS = ("max_steps", "output_dir", "logging_steps", "logging_images_steps", "save_strategy", "report_to")
 
 
@@ -311,6 +319,7 @@ def _kl_ablation(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Both divergences from the reference, against a reward that can be exploited. The true one is only logged."""
     names = [f"{module}:{name}" for module, name in EXPLOITABLE]
     base = base | {"reward_funcs": names, "reward_weights": [1.0] + [0.0] * (len(names) - 1)}
+    base["eval_reward_funcs"] = None
     variants = {"none": base}
     for kl_type, betas in {"transition": (0.01, 0.1, 1.0), "velocity": (0.1, 1.0, 10.0)}.items():
         variants |= {f"{kl_type}, {beta:g}": base | {"kl_type": kl_type, "beta": beta} for beta in betas}
@@ -446,6 +455,7 @@ def train(settings: dict[str, Any], progress_bar: tqdm) -> dict[str, Any]:
         trainer = MixGRPOTrainer(
             model=toy.load(),  # in float32
             reward_funcs=settings["reward_funcs"],
+            eval_reward_funcs=settings.get("eval_reward_funcs"),
             args=config,
             train_dataset=[{"prompt": text} for text in texts["train"]],
             eval_dataset=[{"prompt": text} for text in texts[settings["eval_on"]]],

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import FluxPipeline
 from helpers import PROMPTS, make_trainer, redness
 from PIL import Image
 
-from diffusers_mixgrpo import MixGRPOTrainer, RewardError, toy
+from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, RewardError, toy
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_flux_mixgrpo.py"
@@ -70,6 +71,16 @@ def largest_difference(first: Image.Image, second: Image.Image) -> int:
 
 
 # ---- The command line ----
+
+
+def test_the_window_of_the_demo_slides():
+    settings = yaml.safe_load((SCRIPT.parent / "configs" / "toy.yaml").read_text())
+    fields = {name: value for name, value in settings.items() if name in MixGRPOConfig.__dataclass_fields__}
+    config = MixGRPOConfig(**fields)
+    schedule = config.window_schedule()
+    iterations = config.max_steps // config.optimizer_steps_per_iteration
+    assert {schedule.schedule(i).start for i in range(iterations)} == {0, 1, 2, 3, 4}
+    assert iterations == schedule.sweep_length  # one sweep
 
 
 def test_the_demo_at_a_small_size(tmp_path):
