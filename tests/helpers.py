@@ -32,6 +32,7 @@ SMALL: dict[str, Any] = {
     "steps_per_generation": 2,
     "epsilon": 1e-2,
     "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
     "max_steps": 4,
     "logging_steps": 1,
     "save_strategy": "no",

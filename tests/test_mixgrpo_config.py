@@ -22,7 +22,7 @@ def make(tmp_path, **kwargs) -> MixGRPOConfig:
     return MixGRPOConfig(**{"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, **kwargs})
 
 
-def test_the_preset_is_the_papers_and_the_defaults_differ_in_four_settings(tmp_path):
+def test_the_preset_is_the_papers_and_the_defaults_differ_where_documented(tmp_path):
     config = MixGRPOConfig.from_preset("mixgrpo", output_dir=str(tmp_path))
     published = {
         "num_inference_steps": 25,
@@ -44,6 +44,7 @@ def test_the_preset_is_the_papers_and_the_defaults_differ_in_four_settings(tmp_p
         "height": 720,
         "width": 720,
         "shared_noise": True,
+        "lr_scheduler_type": "constant",
         "scale_rewards": "group",
         "step_weighting": "none",
         "loss_type": "grpo",
@@ -51,6 +52,7 @@ def test_the_preset_is_the_papers_and_the_defaults_differ_in_four_settings(tmp_p
     }
     assert {name: getattr(config, name) for name in published} == published
     recommended = {"sde_type": "cps", "eta": 0.5, "scale_rewards": "batch", "step_weighting": "rectified"}
+    recommended["lr_scheduler_type"] = "linear"
     default = make(tmp_path)
     assert {name: getattr(default, name) for name in published} == published | recommended
     assert config.optimizer_steps_per_iteration == 4

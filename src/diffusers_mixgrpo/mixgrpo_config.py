@@ -51,8 +51,8 @@ class MixGRPOConfig(TrainingArguments):
     optimizer steps an iteration.
 
     The defaults differ from the paper in settings that keep what a sweep of the window has gained (docs/sweep.md):
-    `sde_type="cps"` with `eta=0.5`, `step_weighting="rectified"` and `scale_rewards="batch"`. [`from_preset`] has the
-    published settings.
+    `sde_type="cps"` with `eta=0.5`, `step_weighting="rectified"`, `scale_rewards="batch"`, and a learning rate that
+    decays (`lr_scheduler_type="linear"`). [`from_preset`] has the published settings.
 
     Args:
         > Arguments of the sampler
@@ -261,7 +261,7 @@ class MixGRPOConfig(TrainingArguments):
     > - `metric_for_best_model="reward"` where there are evaluations, so that `save_total_limit` keeps the best
     >   checkpoint by the reward on held-out prompts;
     > - from the paper: `learning_rate=1e-5` (of full fine-tuning; LoRAs usually take 1e-4 to 3e-4),
-    >   `lr_scheduler_type="constant"`, `weight_decay=1e-4`, `per_device_train_batch_size=3`;
+    >   `weight_decay=1e-4`, `per_device_train_batch_size=3`;
     > - `bf16` is on where the GPU supports it and `fp16` is off; `output_dir="mixgrpo"`.
 
     Raises:
@@ -279,7 +279,7 @@ class MixGRPOConfig(TrainingArguments):
     # Defaults that differ from TrainingArguments
     output_dir: str = field(default="mixgrpo", metadata={"help": "Where checkpoints, weights and images are saved."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate scheduler."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "The learning rate scheduler."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
     per_device_train_batch_size: int = field(default=3, metadata={"help": "Images per device and training batch."})
     logging_steps: float = field(default=10, metadata={"help": "Log at this interval of optimizer steps."})
