@@ -45,15 +45,8 @@ SHOWN = (
 ALARM = "#aa3377"
 # Of MixGRPO, where the defaults differ
 PUBLISHED = {"sde_type": "flow", "eta": 0.7, "step_weighting": "none", "scale_rewards": "group"}
-SETTINGS = (
-    "height",
-    "width",
-    "max_sequence_length",
-    "num_inference_steps",
-    "window_strategy",
-    "window_size",
-    "epsilon",
-)
+PUBLISHED |= {"lr_scheduler_type": "constant", "window_strategy": "frozen", "window_size": 4}
+SETTINGS = ("height", "width", "max_sequence_length", "num_inference_steps", "epsilon")
 
 
 @dataclass

@@ -36,6 +36,7 @@ WEIGHTS = {"lora": "pytorch_lora_weights.safetensors", "full": "transformer/diff
 # it as large as the weights, or their rounding to float32 would hide it.
 ONE_STEP = {"steps_per_generation": 1, "max_steps": 1, "optim": "sgd", "learning_rate": 64.0}
 ONE_STEP |= {"max_grad_norm": 0.0, "weight_decay": 0.0}
+ONE_STEP |= {"scale_rewards": "group"}  # the process that is compared with has one rank's rewards at a time
 FSDP = {
     "fsdp": True,
     "fsdp_config": {
