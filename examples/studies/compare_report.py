@@ -317,7 +317,7 @@ def draw(summaries: dict[str, dict[str, Any]], file: Path) -> None:
     axes[0].set_ylabel("held-out reward")
     axes[0].set_xlabel("training time (s)")
     axes[1].set_title("Reward by forward passes")
-    axes[1].set_xlabel(f"forward passes (thousands): rollout, and {TRAINING_PASSES} per trained step")
+    axes[1].set_xlabel("forward passes (thousands): rollout, and those that training costs")
     columns = 5 if max(map(len, summaries)) < 20 else 3
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(file, dpi=120)
