@@ -530,7 +530,9 @@ class Engine:
             return self._policy_objective(new_log_probs, old_log_probs, advantages, kl, rollout, steps)
         with self.autocast():
             replay = trajectory.replay(self.policy, images, steps, transformer)
-        kl = gaussian_kl(replay.means, trajectory.means[images, steps], replay.stds)
+        kl = torch.zeros_like(old_log_probs)
+        if settings.loss_type != "grpo":  # which does not look at it
+            kl = gaussian_kl(replay.means, trajectory.means[images, steps], replay.stds)
         objective = self._policy_objective(replay.log_probs, old_log_probs, advantages, kl, rollout, steps)
         if rollout.reference_means is not None:
             reference_means = rollout.reference_means[images, steps]
