@@ -80,6 +80,9 @@ REMEDIES: dict[str, dict[str, Any]] = {
         "lr_scheduler_type": "linear",
     },
 }
+# Evaluated with the moving average of the weights. The others are evaluated with the weights themselves.
+REMEDIES["ema"] = {"ema_decay": 0.98}
+REMEDIES["recommended ema"] = REMEDIES["recommended"] | REMEDIES["ema"]
 # A reward that ignores the scene, and the true ones
 EXPLOITABLE = [("reward_hacking", "redness")]
 EXPLOITABLE += [("diffusers_mixgrpo.toy", name) for name in ("toy_reward", "wholly_right", "extra_objects")]
@@ -121,6 +124,7 @@ class CompareArguments:
     iterations: int = flag("Iterations of each run.", 72)
     eval_every: int = flag("Iterations between evaluations, which are not timed.", 9)
     sweeps: int = flag("Sweeps of the window in a run.", 1)
+    learning_rate: float | None = flag("Learning rate without tuning. That of the configuration if unset.")
     lora_rank: int | None = flag("Rank of the LoRA; 0 trains all weights. That of the configuration if unset.")
     num_eval_prompts: int | None = flag("Number of held-out prompts. That of the configuration if unset.")
     window_size: int | None = flag("Window of the MixGRPO methods. The published share of the steps if unset.")
@@ -219,6 +223,8 @@ def read_shared(args: CompareArguments) -> dict[str, Any]:
     }
     if args.lora_rank is not None:
         shared["lora_rank"] = args.lora_rank
+    if args.learning_rate is not None:
+        shared["learning_rate"] = args.learning_rate
     shared["shift"] = settings.get("shift")  # that of the presets is for FLUX.1-dev
     shared["num_eval_prompts"] = args.num_eval_prompts or settings["num_eval_prompts"]
     shared["num_validation_prompts"] = args.num_validation_prompts
@@ -301,7 +307,7 @@ def ablation(args: CompareArguments, shared: dict[str, Any]) -> dict[str, dict[s
     if args.ablate == "kl":
         return _kl_ablation(base)
     if args.ablate == "eta":
-        return {f"eta = {eta:g}": base | {"eta": eta} for eta in (0.2, 0.4, 0.7, 1.0)}
+        return {f"eta = {eta:g}": base | {"eta": eta} for eta in (0.1, 0.3, 0.5, 0.7, 0.9)}
     if args.ablate == "group_size":
         images = images_per_iteration(shared)
         sizes = [size for size in (2, 4, 6, 8, 12, 24, 48) if images % size == 0]
@@ -546,10 +552,11 @@ class Recorder(TrainerCallback):
         point: dict[str, float] = {"iteration": len(self.iterations)}
         for name in ("seconds", "passes"):
             point[name] = sum(entry[name] for entry in self.iterations)
+        weights = "eval_ema" if "eval_ema_reward" in metrics else "eval"
         for name in ("reward", "reward_se"):
-            point[name] = metrics[f"eval_{name}"]
+            point[name] = metrics[f"{weights}_{name}"]
         for name in ("toy_reward", "wholly_right", "extra_objects"):
-            point[name] = metrics[f"eval_rewards/{name}/mean"]
+            point[name] = metrics[f"{weights}_rewards/{name}/mean"]
         self.evaluations.append(point)
 
 
