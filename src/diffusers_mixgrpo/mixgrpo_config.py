@@ -606,11 +606,15 @@ class MixGRPOConfig(TrainingArguments):
     def __deepcopy__(self, memo: dict[int, Any]) -> "MixGRPOConfig":
         return self._with_state(copy.deepcopy(self.__dict__, memo))
 
+    def without_secrets(self) -> "MixGRPOConfig":
+        """A copy in which secrets are `None`, for reports that read the arguments themselves."""
+        return self._with_state(self.__getstate__())
+
     def to_dict(self) -> dict[str, Any]:
-        return super(MixGRPOConfig, self._with_state(self.__getstate__())).to_dict()
+        return super(MixGRPOConfig, self.without_secrets()).to_dict()
 
     def __str__(self) -> str:
-        return super(MixGRPOConfig, self._with_state(self.__getstate__())).__str__()
+        return super(MixGRPOConfig, self.without_secrets()).__str__()
 
     __repr__ = __str__
 

@@ -32,7 +32,7 @@ from ..training.samples import Sample, Samples
 
 logger = logging.get_logger(__name__)
 
-PACKAGES = ("diffusers-mixgrpo", "torch", "diffusers", "transformers", "trl", "accelerate", "peft", "datasets")
+PACKAGES = ("diffusers-mixgrpo", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
 _STEP = re.compile(r"step_(\d{6,})(\.png|\.json)?")
 _LOSSLESS = 256 * 256  # pixels; a lossless file of a larger image would be large
 

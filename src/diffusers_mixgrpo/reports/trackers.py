@@ -17,7 +17,11 @@ from PIL import Image
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import (
+    ClearMLCallback,
+    CometCallback,
+    DVCLiveCallback,
     MLflowCallback,
+    SwanLabCallback,
     TensorBoardCallback,
     TrackioCallback,
     WandbCallback,
@@ -46,7 +50,7 @@ class ReadableConfig(FrozenDict):
 
 def prepare_trackers(callbacks: Sequence[TrainerCallback], model: nn.Module, settings: MixGRPOConfig) -> None:
     """
-    Make transformers' callbacks work with a diffusers model, and from the first log on, also before training.
+    Make transformers' callbacks work with a diffusers model, before training too, and without secrets.
 
     Args:
         callbacks (`Sequence[TrainerCallback]`): The trainer's callbacks.
@@ -58,6 +62,18 @@ def prepare_trackers(callbacks: Sequence[TrainerCallback], model: nn.Module, set
         if isinstance(callback, TensorBoardCallback) and getattr(callback, "logging_dir", "") is None:
             # Otherwise an evaluation before training would open a writer in the current folder for all of the run.
             callback.logging_dir = os.path.join(settings.output_dir, "runs", time.strftime("%b%d_%H-%M-%S"))
+        if isinstance(callback, ClearMLCallback):
+            _hide_secrets(callback)
+
+
+def _hide_secrets(callback: ClearMLCallback) -> None:
+    """ClearML's callback reads the arguments themselves; the others ask for `to_dict`, which has no secrets."""
+    copy_arguments = callback._copy_training_args_as_hparams
+
+    def copy_without_secrets(training_args: MixGRPOConfig, prefix: str) -> None:
+        copy_arguments(training_args.without_secrets(), prefix)
+
+    callback._copy_training_args_as_hparams = copy_without_secrets
 
 
 def send_samples(callbacks: Sequence[TrainerCallback], samples: Samples, grid: Image.Image) -> None:
@@ -106,12 +122,40 @@ def _to_mlflow(callback: MLflowCallback, samples: Samples, grid: Image.Image) ->
     mlflow.log_text(_table(samples.fixed), f"samples/step_{samples.step:06d}.md")
 
 
+def _to_comet(callback: CometCallback, samples: Samples, grid: Image.Image) -> None:
+    experiment = callback._experiment
+    if experiment is None:  # switched off by COMET_MODE
+        return
+    experiment.log_image(grid, name="samples", step=samples.step)
+    experiment.log_text(_table(samples.fixed), step=samples.step)
+
+
+def _to_clearml(callback: ClearMLCallback, samples: Samples, grid: Image.Image) -> None:
+    logger = callback._clearml_task.get_logger()
+    logger.report_image("samples", "grid", iteration=samples.step, image=grid)
+    logger.report_text(_table(samples.fixed), print_console=False)
+
+
+def _to_swanlab(callback: SwanLabCallback, samples: Samples, grid: Image.Image) -> None:
+    swanlab = callback._swanlab
+    images = [swanlab.Image(sample.image, caption=_caption(sample)) for sample in samples.fixed]
+    swanlab.log({"samples/grid": swanlab.Image(grid), "samples/images": images}, step=samples.step)
+
+
+def _to_dvclive(callback: DVCLiveCallback, samples: Samples, grid: Image.Image) -> None:
+    callback.live.log_image(f"samples/step_{samples.step:06d}.png", grid)
+
+
 # DagsHub's callback is MLflow's.
 _SENDERS: dict[type[TrainerCallback], Callable[[Any, Samples, Image.Image], None]] = {
     TensorBoardCallback: _to_tensorboard,
     WandbCallback: _to_wandb,
     TrackioCallback: _to_trackio,
     MLflowCallback: _to_mlflow,
+    CometCallback: _to_comet,
+    ClearMLCallback: _to_clearml,
+    SwanLabCallback: _to_swanlab,
+    DVCLiveCallback: _to_dvclive,
 }
 
 
