@@ -4,10 +4,13 @@ Images to look at while training: those of fixed prompts and seeds, and the best
 What is done with them, on disk and in trackers, is the matter of `reports/`.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
@@ -109,11 +112,22 @@ def sample_fixed(
     Global random numbers stay as they are, so that a run with images is one without them.
     """
     engine = evaluator.engine
-    device = engine.settings.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), engine.timer.phase("images"):
+    with _same_random_numbers(engine.settings.device), engine.timer.phase("images"):
         images, scores = evaluator.sample(rows, seeds, transformer)
     prompts = [row["prompt"] for row in rows]
     return _samples(engine, prompts, images, scores, evaluator.reward_names, seeds=seeds)
+
+
+@contextlib.contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Leave the global generators as they are, whatever rewards draw from them."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def extreme_groups(engine: Engine, rollout: Rollout) -> list[SampleGroup]:
