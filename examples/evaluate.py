@@ -300,7 +300,9 @@ def save_grid(
     blocks = []
     for i, prompt in enumerate(prompts[:NUM_GRID_PROMPTS]):
         values = {variant: number(float(scores[variant][0, i])) for variant in images}
-        tiles = [Tile(images[variant][i], [(f"{variant}: {readable(reward_name)}", values[variant])]) for variant in images]
+        tiles = [
+            Tile(images[variant][i], [(f"{variant}: {readable(reward_name)}", values[variant])]) for variant in images
+        ]
         blocks.append(Block(prompt, tiles))
     draw_grid(", ".join(images), "", blocks).save(path)
 

@@ -251,7 +251,9 @@ def test_the_table_covers_every_checked_argument():
         {"attention_backend": "_NATIVE_CUDNN"},
         {"ode_cache": {"name": "FirstBlockCacheConfig", "threshold": 0.1}},
         {"logging_images_steps": 8.0},
-        dict.fromkeys((*OPTIONAL_COUNTS, "logging_images_steps", "epsilon_high", "advantage_clip", "shift", "reward_timeout")),
+        dict.fromkeys(
+            (*OPTIONAL_COUNTS, "logging_images_steps", "epsilon_high", "advantage_clip", "shift", "reward_timeout")
+        ),
     ],
 )
 def test_values_at_the_limits(tmp_path, kwargs):

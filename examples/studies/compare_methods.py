@@ -455,6 +455,7 @@ def train(settings: dict[str, Any], progress_bar: tqdm) -> dict[str, Any]:
             output_dir=folder,
             save_strategy="no",
             report_to="none",
+            logging_images_steps=None,
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
         )

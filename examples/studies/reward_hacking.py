@@ -110,6 +110,7 @@ def make_trainer(args: Arguments, folder: str) -> MixGRPOTrainer:
         output_dir=folder,
         save_strategy="no",
         report_to="none",
+        logging_images_steps=None,
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )

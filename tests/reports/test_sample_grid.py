@@ -127,7 +127,15 @@ def test_names_and_numbers_for_people():
         "reward",
     ]
     values = (0.8312, 0.5, -0.0314, 22.123, 12345.0, None, float("nan"))
-    assert [number(v) for v in values] == ["0.831", "0.500", "-0.031", "22.12", "1.234e+04", "not scored", "not scored"]
+    assert [number(v) for v in values] == [
+        "0.831",
+        "0.500",
+        "-0.031",
+        "22.12",
+        "1.234e+04",
+        "not scored",
+        "not scored",
+    ]
 
 
 @pytest.mark.parametrize("text", ["one two three", LONG, "x" * 300, "a " + "猫" * 200, "", "  spaces\n\tand lines  "])

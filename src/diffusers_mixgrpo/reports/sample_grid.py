@@ -114,14 +114,13 @@ def scale(image: Image.Image) -> Image.Image:
         factor = math.ceil(SMALLEST / side)
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     if side > LARGEST:
-        factor = LARGEST / side
-        size = round(image.width * factor), round(image.height * factor)
+        size = round(image.width * LARGEST / side), round(image.height * LARGEST / side)
         return image.resize((max(1, size[0]), max(1, size[1])), Image.Resampling.LANCZOS)
     return image
 
 
 def score_lines(sample: Sample) -> list[tuple[str, str]]:
-    """Names and values of an image's scores, as people read them; the weighted reward first where there are several."""
+    """Names and values of an image's scores for people; the weighted reward comes first where there are several."""
     lines = [(readable(name), number(value)) for name, value in sample.rewards.items()]
     return lines if len(lines) == 1 else [("reward", number(sample.reward)), *lines]
 

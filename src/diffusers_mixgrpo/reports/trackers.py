@@ -73,7 +73,7 @@ def _hide_secrets(callback: ClearMLCallback) -> None:
     def copy_without_secrets(training_args: MixGRPOConfig, prefix: str) -> None:
         copy_arguments(training_args.without_secrets(), prefix)
 
-    callback._copy_training_args_as_hparams = copy_without_secrets
+    callback._copy_training_args_as_hparams = copy_without_secrets  # type: ignore[method-assign]
 
 
 def send_samples(callbacks: Sequence[TrainerCallback], samples: Samples, grid: Image.Image) -> None:
@@ -92,20 +92,21 @@ def send_samples(callbacks: Sequence[TrainerCallback], samples: Samples, grid: I
             logger.warning(f"Step {samples.step}: {type(callback).__name__} could not log images: {error!r}")
 
 
-def _to_tensorboard(callback: TensorBoardCallback, samples: Samples, grid: Image.Image) -> None:
+# ---- One function per tracker, which gets transformers' callback of it ----
+
+
+def _to_tensorboard(callback: Any, samples: Samples, grid: Image.Image) -> None:
     callback.tb_writer.add_image("samples", np.asarray(grid), samples.step, dataformats="HWC")
     callback.tb_writer.add_text("samples", _table(samples.fixed), samples.step)
 
 
-def _to_wandb(callback: WandbCallback, samples: Samples, grid: Image.Image) -> None:
+def _to_wandb(callback: Any, samples: Samples, grid: Image.Image) -> None:
     wandb = callback._wandb
     images = [wandb.Image(sample.image, caption=_caption(sample)) for sample in samples.fixed]
-    wandb.log(
-        {"samples/grid": wandb.Image(grid), "samples/images": images, "train/global_step": samples.step}
-    )
+    wandb.log({"samples/grid": wandb.Image(grid), "samples/images": images, "train/global_step": samples.step})
 
 
-def _to_trackio(callback: TrackioCallback, samples: Samples, grid: Image.Image) -> None:
+def _to_trackio(callback: Any, samples: Samples, grid: Image.Image) -> None:
     trackio = callback._trackio
     rows = [
         {"prompt": sample.prompt, "seed": sample.seed, "image": trackio.Image(sample.image, caption=_caption(sample))}
@@ -116,13 +117,13 @@ def _to_trackio(callback: TrackioCallback, samples: Samples, grid: Image.Image) 
     trackio.log({"samples/grid": trackio.Image(grid), "samples/table": table, "train/global_step": samples.step})
 
 
-def _to_mlflow(callback: MLflowCallback, samples: Samples, grid: Image.Image) -> None:
+def _to_mlflow(callback: Any, samples: Samples, grid: Image.Image) -> None:
     mlflow = callback._ml_flow
     mlflow.log_image(grid, key="samples", step=samples.step)
     mlflow.log_text(_table(samples.fixed), f"samples/step_{samples.step:06d}.md")
 
 
-def _to_comet(callback: CometCallback, samples: Samples, grid: Image.Image) -> None:
+def _to_comet(callback: Any, samples: Samples, grid: Image.Image) -> None:
     experiment = callback._experiment
     if experiment is None:  # switched off by COMET_MODE
         return
@@ -130,19 +131,19 @@ def _to_comet(callback: CometCallback, samples: Samples, grid: Image.Image) -> N
     experiment.log_text(_table(samples.fixed), step=samples.step)
 
 
-def _to_clearml(callback: ClearMLCallback, samples: Samples, grid: Image.Image) -> None:
+def _to_clearml(callback: Any, samples: Samples, grid: Image.Image) -> None:
     logger = callback._clearml_task.get_logger()
     logger.report_image("samples", "grid", iteration=samples.step, image=grid)
     logger.report_text(_table(samples.fixed), print_console=False)
 
 
-def _to_swanlab(callback: SwanLabCallback, samples: Samples, grid: Image.Image) -> None:
+def _to_swanlab(callback: Any, samples: Samples, grid: Image.Image) -> None:
     swanlab = callback._swanlab
     images = [swanlab.Image(sample.image, caption=_caption(sample)) for sample in samples.fixed]
     swanlab.log({"samples/grid": swanlab.Image(grid), "samples/images": images}, step=samples.step)
 
 
-def _to_dvclive(callback: DVCLiveCallback, samples: Samples, grid: Image.Image) -> None:
+def _to_dvclive(callback: Any, samples: Samples, grid: Image.Image) -> None:
     callback.live.log_image(f"samples/step_{samples.step:06d}.png", grid)
 
 

@@ -143,7 +143,10 @@ def extreme_groups(engine: Engine, rollout: Rollout) -> list[SampleGroup]:
     if means.isnan().all():
         return []
     first = engine.accelerator.process_index * len(own)
-    places = {"best": int(means.nan_to_num(nan=-math.inf).argmax()), "worst": int(means.nan_to_num(nan=math.inf).argmin())}
+    places = {
+        "best": int(means.nan_to_num(nan=-math.inf).argmax()),
+        "worst": int(means.nan_to_num(nan=math.inf).argmin()),
+    }
     if places["best"] == places["worst"]:
         del places["worst"]
     groups = []
