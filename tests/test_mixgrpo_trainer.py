@@ -467,7 +467,7 @@ def test_push_to_hub(make, tmp_path, monkeypatch):
     assert uploads == [
         (
             "someone/output",
-            ["README.md", "pytorch_lora_weights.safetensors", "training_args.bin"],
+            ["README.md", "history.jsonl", "pytorch_lora_weights.safetensors", "run.json", "training_args.bin"],
             ["_*", "checkpoint-*"],
         )
     ]
