@@ -110,8 +110,9 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
         eval_width=optional(image_side),
         eval_seed=seed,
         hacking_guard=must_be.choice(("off", "warn", "stop")),
-        logging_images_steps=optional(count),
-        num_logged_images=count,
+        logging_images_steps=optional(interval),
+        num_logged_prompts=count,
+        num_logged_seeds=count,
         model_init_kwargs=optional(must_be.MAPPING),
         # Speed and memory
         attention_backend=optional(_attention_backend()),

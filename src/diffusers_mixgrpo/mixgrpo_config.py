@@ -228,11 +228,15 @@ class MixGRPOConfig(TrainingArguments):
             What to do when the reward rises on held-out prompts while a reward of `eval_reward_funcs` falls or a
             statistic of the images moves, compared with the first evaluation: `"warn"`, `"stop"` the training after
             that evaluation, or `"off"`. See [`~training.hacking_guard.find_alarms`].
-        logging_images_steps (`int`, *optional*):
-            Save a grid of the samples with their rewards to `output_dir/images` at this interval of optimizer steps.
-            `None`: never.
-        num_logged_images (`int`, defaults to 16):
-            Images in such a grid.
+        logging_images_steps (`float`, *optional*, defaults to 0.2):
+            Interval of sample grids, in optimizer steps or, below 1, as a share of the run. A grid shows the same
+            prompts and seeds each time, sampled as in evaluations and scored; it is saved in `output_dir/images` and
+            sent to the trackers of `report_to`. The first one is that of the first iteration, the last one that of
+            the trained weights. `None`: never.
+        num_logged_prompts (`int`, defaults to 4):
+            Prompts of a grid: the first ones of the evaluation dataset, or of the training dataset without one.
+        num_logged_seeds (`int`, defaults to 2):
+            Images of each of these prompts.
         model_init_kwargs (`dict`, *optional*):
             Passed to the pipeline's `from_pretrained` when the trainer is given a path.
 
@@ -406,10 +410,11 @@ class MixGRPOConfig(TrainingArguments):
         default="warn",
         metadata={"help": "When evaluations look as if the reward was exploited: warn, stop or off."},
     )
-    logging_images_steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps between saved sample grids."}
+    logging_images_steps: float | None = field(
+        default=0.2, metadata={"help": "Interval of sample grids: optimizer steps, or a share of the run below 1."}
     )
-    num_logged_images: int = field(default=16, metadata={"help": "Images in a sample grid."})
+    num_logged_prompts: int = field(default=4, metadata={"help": "Prompts of a sample grid."})
+    num_logged_seeds: int = field(default=2, metadata={"help": "Images of each prompt of a sample grid."})
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Passed to the pipeline's from_pretrained, as JSON."}
     )

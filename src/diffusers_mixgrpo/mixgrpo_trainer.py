@@ -25,7 +25,9 @@ from .policies.loading import load_pipeline
 from .policies.preparation import check_prepared, place_components, prepare_pipeline, rename_gradient_checkpointing
 from .policies.prompt_embeds import cache_prompts
 from .reports.model_card import mixgrpo_model_card
-from .reports.sample_grid import save_sample_grid
+from .reports.run_folder import RunFolder, run_facts, save_samples
+from .reports.sample_grid import draw_samples
+from .reports.trackers import prepare_trackers, send_samples
 from .rewards import load_reward
 from .rewards.runner import RewardFunc, RewardRunner, reward_names
 from .training.callbacks import IterationCallback, RewardProgressCallback
@@ -43,6 +45,7 @@ from .training.nonfinite import NonFiniteSteps, gradient_norm
 from .training.plan import IterationPlan, PromptDataset, PromptSampler, Row, prompts_of_run
 from .training.preflight import preflight
 from .training.preflight_report import PreflightReport
+from .training.samples import Sample, SampleGroup, Samples, are_due, extreme_groups, fixed_rows, sample_fixed
 from .training.saving import ON_ALL_RANKS, SavingTrainer
 from .training.sharding import check_launch, use_autocast_in_deepspeed
 
@@ -196,11 +199,24 @@ class MixGRPOTrainer(SavingTrainer):
         self.add_callback(self._iteration_callback)
         if args.hacking_guard != "off":
             self.add_callback(HackingGuard)
+        prepare_trackers(self.callback_handler.callbacks, self.pipe.transformer, args)
+        eval_names = eval_rewards.names if eval_rewards is not None else []
+        facts = run_facts(
+            policy,
+            args,
+            self.weights,
+            rewards.names,
+            self.engine.reward_weights.tolist(),
+            eval_names,
+            self.accelerator.num_processes,
+        )
+        self.add_callback(RunFolder(args.output_dir, facts))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgressCallback)
         place_components(self.pipe, args, stay=policy.text_encoders if args.cache_prompt_embeds else ())
+        self._fixed_rows, self._fixed_seeds = self._rows_to_look_at()
         if args.cache_prompt_embeds:
-            parts = evaluations(eval_dataset).values()
+            parts = [*evaluations(eval_dataset).values(), self._fixed_rows]
             prompts = prompts_of_run(args, train_dataset, parts, self.accelerator.num_processes)
             # Of several processes on a machine the first one encodes, and the others read its files.
             with args.main_process_first(desc="encoding the prompts"):
@@ -284,6 +300,9 @@ class MixGRPOTrainer(SavingTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+        is_last = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
+        if is_last and self.args.logging_images_steps is not None:
+            self._log_images(self._sample_fixed(), groups=[])
 
     def _forget_iteration(self) -> None:
         """Drop everything of an earlier run, which may have been interrupted."""
@@ -347,7 +366,12 @@ class MixGRPOTrainer(SavingTrainer):
         """Sample and log the images of an iteration, or go on with those of an interrupted one."""
         if is_resuming and (restored := self._restore_rollout(plan)) is not None:
             return restored
+        # Before the rollout, which may hold the activations of its forward passes until it is trained on
+        is_due = are_due(self.args, self.state.global_step, self.state.max_steps)
+        fixed = self._sample_fixed() if is_due else []
         rollout = self.engine.roll_out(plan, self._inference_model)
+        if is_due:
+            self._log_images(fixed, extreme_groups(self.engine, rollout))
         self.metrics.add(rollout.statistics)
         self.metrics.add(by_place({"reward_std": rollout.statistics["reward_std"]}, plan))
         if count := int(rollout.statistics["nonfinite/images"]):
@@ -355,7 +379,6 @@ class MixGRPOTrainer(SavingTrainer):
                 f"Step {self.state.global_step}: {count} images of iteration {plan.iteration} were infinite or NaN "
                 f"and are left out. Prompts on this process: {plan.prompts}."
             )
-        self._save_images(rollout)
         return rollout
 
     def _restore_rollout(self, plan: IterationPlan) -> Rollout | None:
@@ -503,23 +526,30 @@ class MixGRPOTrainer(SavingTrainer):
         logs.update(self.metrics.pop())
         super().log(logs, start_time)
 
-    def _save_images(self, rollout: Rollout) -> None:
-        # In the first iteration at or after each multiple of `logging_images_steps`
-        args = self.args
-        step = self.state.global_step
-        if args.logging_images_steps is None or step % args.logging_images_steps >= args.optimizer_steps_per_iteration:
+    def _rows_to_look_at(self) -> tuple[list[Row], list[int]]:
+        """The rows and seeds of sample grids, from the first evaluation dataset or else the training dataset."""
+        parts = [*evaluations(self.eval_dataset).values(), self.train_dataset]
+        dataset = next((part for part in parts if part is not None), None)
+        if dataset is None or self.args.logging_images_steps is None:
+            return [], []
+        return fixed_rows(self.args, dataset)
+
+    def _sample_fixed(self) -> list[Sample]:
+        """Images of the fixed prompts and seeds by the current policy. All ranks take part."""
+        return sample_fixed(self.evaluator, self._fixed_rows, self._fixed_seeds, self._inference_model)
+
+    def _log_images(self, fixed: list[Sample], groups: list[SampleGroup]) -> None:
+        """Draw, save and send what there is to see at this step."""
+        if not self.is_world_process_zero():
             return
-        if self.is_world_process_zero():
-            count = min(args.num_logged_images, len(rollout.images))
-            captions = [row["prompt"] for row in rollout.rows[:count]]
-            for name, scores in zip(self.reward_names, rollout.rewards.tolist(), strict=True):
-                captions = [f"{text} {name}={scores[i]:.3g}" for i, text in enumerate(captions)]
-            columns = args.num_generations if args.num_generations <= 12 else 8
-            path = os.path.join(args.output_dir, "images", f"step_{step:06d}.png")
-            try:
-                save_sample_grid(rollout.images[:count], captions, path, columns)
-            except OSError as error:  # such as a full disk: no reason to lose the run
-                logger.warning(f"The sample grid {path} could not be written: {error}")
+        step = self.state.global_step
+        samples = Samples(step, self.state.max_steps, fixed, self.args.num_logged_seeds, groups)
+        grid = draw_samples(samples)
+        try:
+            save_samples(samples, grid, self.args.output_dir)
+        except OSError as error:  # such as a full disk: no reason to lose the run
+            logger.warning(f"The images of step {step} could not be written to {self.args.output_dir}: {error}")
+        send_samples(self.callback_handler.callbacks, samples, grid)
 
     # ---- Hub ----
 
