@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers import DiffusionPipeline
@@ -141,6 +141,7 @@ class MixGRPOTrainer(SavingTrainer):
         funcs = _as_list(reward_funcs)
         eval_funcs = [] if eval_reward_funcs is None else _as_list(eval_reward_funcs)
         _check_arguments(args, model, funcs, eval_funcs, peft_config)
+        _check_evaluation(args, eval_dataset)
         check_dataset("train_dataset", train_dataset)
         for name, part in evaluations(eval_dataset).items():
             check_dataset(name, part)
@@ -154,7 +155,10 @@ class MixGRPOTrainer(SavingTrainer):
         settings = args.reward_timeout, args.device, args.offload_rewards
         rewards = RewardRunner(self.reward_funcs, *settings)
         eval_rewards = RewardRunner(self.eval_reward_funcs, *settings) if eval_funcs else None
-        _check_names(rewards.names, eval_rewards.names if eval_rewards is not None else [])
+        eval_names = eval_rewards.names if eval_rewards is not None else []
+        _check_names(rewards.names, eval_names)
+        if args.eval_strategy != "no":
+            _check_metric(args, eval_dataset, [*rewards.names, *eval_names])
 
         # 3. The pipeline, whose transformer is the model to train
         self.pipe = load_pipeline(model, args, with_lora=peft_config is not None)
@@ -515,6 +519,21 @@ class MixGRPOTrainer(SavingTrainer):
         seeds = [self.args.eval_seed + i for i in range(len(prompts))] if seeds is None else seeds
         return self.evaluator.sample_images(prompts, seeds, self._inference_model)
 
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not part of this trainer, whose model predicts velocities: see [`sample_images`] and [`evaluate`]."""
+        raise NotImplementedError(
+            "`predict` is not part of this trainer, whose model predicts velocities. Use "
+            "trainer.sample_images(prompts) for images, or trainer.evaluate(dataset) for their rewards."
+        )
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not part of this trainer, which trains the pipeline that it was given: make a trainer per trial."""
+        raise NotImplementedError(
+            "`hyperparameter_search` is not part of this trainer, which trains the pipeline that it was given. Make a "
+            "trainer with a new pipeline for each setting, for example in the objective of an optuna study, and "
+            "compare trainer.evaluate()['eval_reward'] after trainer.train()."
+        )
+
     # ---- Logging ----
 
     @property
@@ -598,6 +617,36 @@ def _check_names(trained: Sequence[str], others: Sequence[str]) -> None:
         )
 
 
+def _check_evaluation(args: MixGRPOConfig, eval_dataset: PromptDataset | dict[str, PromptDataset] | None) -> None:
+    """Refuse evaluations without prompts."""
+    if eval_dataset is not None:
+        return
+    for name, default in (("eval_strategy", "no"), ("eval_on_start", False)):
+        if (value := getattr(args, name)) != default:
+            raise ValueError(
+                f"`{name}` must be {default!r} without an `eval_dataset`, got {value!r}. Pass prompts to evaluate, or "
+                "leave it out."
+            )
+
+
+def _check_metric(
+    args: MixGRPOConfig, eval_dataset: PromptDataset | dict[str, PromptDataset] | None, names: Sequence[str]
+) -> None:
+    """Refuse a metric that no evaluation with rewards of these names has."""
+    prefixes = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+    known = ["reward", *(f"rewards/{name}/mean" for name in names)]
+    known = list(dict.fromkeys(["reward", *(prefix + metric for prefix in prefixes for metric in known)]))
+    metric = (args.metric_for_best_model or "reward").removeprefix("eval_")
+    own = next((prefix for prefix in prefixes if metric.startswith(f"{prefix}ema_")), "")
+    if args.ema_decay is not None:
+        metric = own + metric.removeprefix(own).removeprefix("ema_")
+    if metric not in known:
+        raise ValueError(
+            f"`metric_for_best_model` must be one of {', '.join(known)}, got {args.metric_for_best_model!r}, which no "
+            "evaluation has. Change it, or leave it out for 'reward'."
+        )
+
+
 def _check_arguments(
     args: MixGRPOConfig,
     model: DiffusionPipeline | str | os.PathLike,
@@ -606,6 +655,11 @@ def _check_arguments(
     peft_config: PeftConfig | None,
 ) -> None:
     """Refuse arguments that cannot work together."""
+    if not reward_funcs:
+        raise ValueError(
+            "`reward_funcs` must have at least one reward, got an empty list. Pass a function "
+            "`reward(prompts, images, **columns) -> list[float | None]`, or a name such as 'hpsv2'."
+        )
     check_launch(args)
     if args.n_gpu > 1:
         raise ValueError(
