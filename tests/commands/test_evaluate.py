@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 from diffusers_mixgrpo import toy
-from diffusers_mixgrpo.reports.sample_grid import GAP, MARGIN
 from diffusers_mixgrpo.commands import evaluate as evaluate_command
 from diffusers_mixgrpo.commands.command_line import TOY_CONFIGURATION, read_yaml
+from diffusers_mixgrpo.reports.sample_grid import GAP, MARGIN
 
 
 PROMPTS = toy.prompts("test", 5)

@@ -120,10 +120,11 @@ def test_wandb(train, tmp_path, monkeypatch):
 
 def test_trackio(train, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
-    pytest.importorskip("trackio")
+    trackio = pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
-    train("trackio", project="images", run_name="one")
+    train("trackio", project="images", run_name="one").evaluate()  # which opens the run again
+    trackio.finish()
     (run,) = SQLiteStorage.get_runs("images")
     config = SQLiteStorage.get_run_config("images", run)
     assert config["learning_rate"] == 1e-3 and config["attention_head_dim"] == 16
@@ -131,6 +132,7 @@ def test_trackio(train, tmp_path, monkeypatch):
     assert [log["train/global_step"] for log in logs if "train/reward" in log] == [1, 3]
     samples = [log for log in logs if "samples/grid" in log]
     assert [log["train/global_step"] for log in samples] == STEPS
+    assert len([log for log in logs if "eval/reward" in log]) == 2
     for log in samples:
         path = tmp_path / "trackio" / "media" / log["samples/grid"]["file_path"]
         assert is_the_grid(Image.open(path), log["train/global_step"], tmp_path)

@@ -292,6 +292,7 @@ def save_grid(
             Tile(images[variant][i], [(f"{variant}: {readable(reward_name)}", values[variant])]) for variant in images
         ]
         blocks.append(Block(prompt, tiles))
+    path.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(", ".join(images), "", blocks).save(path)
 
 
