@@ -41,8 +41,8 @@ soak: $(VENV)/.test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python tests/soak.py --output outputs/soak $(ARGS)
 
 quality: $(VENV)/.quality
-	$(BIN)/ruff check src examples tests
-	$(BIN)/ruff format --check src examples tests
+	$(BIN)/ruff check src examples tests docs
+	$(BIN)/ruff format --check src examples tests docs
 	$(BIN)/mypy
 
 # The site. Warnings, such as links to nothing, are errors.
@@ -75,7 +75,7 @@ $(VENV)/.quality: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs,remote,ocr]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 clean:

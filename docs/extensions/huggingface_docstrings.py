@@ -3,14 +3,23 @@
 import importlib
 import inspect
 import re
+import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sphinx.application import Sphinx
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 
 PACKAGE = "diffusers_mixgrpo"
-SECTIONS = {"Args": "Arguments", "Returns": "Returns", "Yields": "Yields", "Raises": "Raises", "Attributes": "Attributes"}
+SECTIONS = {
+    "Args": "Arguments",
+    "Returns": "Returns",
+    "Yields": "Yields",
+    "Raises": "Raises",
+    "Attributes": "Attributes",
+}
 _CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)(?=(.?))", re.DOTALL)
 _REFERENCE = re.compile(r"\[`(~?)([^`]+)`\]")
 _MATH = re.compile(r"\\\\\((.+?)\\\\\)", re.DOTALL)
@@ -67,12 +76,21 @@ def _reference(tilde: str, name: str, where: ModuleType | None, owner: type | No
 def find(name: str, where: ModuleType | None = None, owner: type | None = None) -> str | None:
     """The full name of an object of the package that a docstring refers to, as autodoc documents it."""
     package = importlib.import_module(PACKAGE)
-    for start in (owner, where, package):
+    for start in (owner, where, package, *_modules()):
         found = _walk(start, name.split(".")) if start is not None else None
         full = _full_name(found) if found is not None else None
         if full:
             return full
+        # A field has no entry of its own: it is described by its class.
+        holder, _, field = name.rpartition(".")
+        parent = _walk(start, holder.split(".")) if holder and start is not None else None
+        if inspect.isclass(parent) and (hasattr(parent, field) or field in getattr(parent, "__annotations__", {})):
+            return _full_name(parent)
     return None
+
+
+def _modules() -> list[ModuleType]:
+    return [module for name, module in sorted(sys.modules.items()) if name.startswith(f"{PACKAGE}.")]
 
 
 def _walk(start: Any, names: list[str]) -> Any:
@@ -89,6 +107,7 @@ def _walk(start: Any, names: list[str]) -> Any:
 def _full_name(found: Any) -> str | None:
     if isinstance(found, ModuleType):
         return found.__name__ if found.__name__.startswith(PACKAGE) else None
+    found = getattr(found, "fget", found)  # of a property
     module, name = getattr(found, "__module__", ""), getattr(found, "__qualname__", None)
     if not name or not (module or "").startswith(PACKAGE):
         return None
@@ -195,7 +214,7 @@ def _table(lines: list[str]) -> list[str]:
     return result
 
 
-def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+def process(app: "Sphinx", what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     where = inspect.getmodule(obj)
     owner = obj if inspect.isclass(obj) else None
     if what in ("method", "property", "attribute"):
@@ -203,20 +222,29 @@ def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
     lines[:] = convert("\n".join(lines), where, owner).splitlines()
 
 
-def short_signature(app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, result: str) -> Any:
+def short_signature(app: "Sphinx", what: str, name: str, obj: Any, options: Any, signature: str, result: str) -> Any:
     """The arguments of a configuration are described one by one, and are too many for a signature."""
     return ("(**arguments)", None) if name.endswith(".MixGRPOConfig") else None
 
 
-def missing(app: Sphinx, env: Any, node: Any, shown: Any) -> Any:
-    """A name that exists and has no entry on any page is shown as code. One that does not exist is an error."""
-    target = node.get("reftarget", "")
-    if node.get("refdomain") == "py" and _walk(importlib.import_module(PACKAGE), target.split(".")[1:]) is not None:
+def missing(app: "Sphinx", env: Any, node: Any, shown: Any) -> Any:
+    """
+    A name of another library, or one that exists and has no entry on any page, is shown as code.
+
+    A name of this package that does not exist is an error.
+    """
+    names = node.get("reftarget", "").split(".")
+    if node.get("refdomain") != "py" or not names[0]:
+        return None
+    if names[0] != PACKAGE:
         return shown
-    return None
+    # The module and not what a package has under its name, such as the function `hybrid_inference`
+    length = max(i for i in range(1, len(names) + 1) if ".".join(names[:i]) in sys.modules)
+    module = sys.modules[".".join(names[:length])]
+    return shown if _walk(module, names[length:]) is not None else None
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: "Sphinx") -> dict[str, bool]:
     app.connect("autodoc-process-docstring", process)
     app.connect("missing-reference", missing)
     app.connect("autodoc-process-signature", short_signature)
