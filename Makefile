@@ -18,7 +18,7 @@ DEEPSPEED_VENV ?= .venv-deepspeed
 .PHONY: demo test test-all test-isa test-deepspeed soak quality docs figures clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/train_flux_mixgrpo.py $(ARGS)
+	$(BIN)/diffusers-mixgrpo train $(ARGS)
 
 test: $(VENV)/.test
 	$(PYTEST) $(ARGS)
@@ -58,7 +58,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed: make PYTHON=...'"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.installed

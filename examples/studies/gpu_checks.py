@@ -32,13 +32,14 @@ import torch
 import transformers
 import yaml
 
+from diffusers_mixgrpo.presets import METHOD_NAMES
+
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
 import benchmark_iteration as benchmark  # noqa: E402
 from benchmark_report import in_rows  # noqa: E402
-from report import METHOD_NAMES  # noqa: E402
 
 
 DOCUMENT = EXAMPLES.parent / "docs" / "recipes.md"

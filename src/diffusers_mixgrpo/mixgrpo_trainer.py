@@ -2,22 +2,19 @@
 
 import math
 import os
-import shutil
 import signal
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers import ProgressCallback, TrainerCallback, set_seed
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .core.advantages import normalize_weights
@@ -27,18 +24,12 @@ from .policies.base import require_multiple
 from .policies.loading import load_pipeline
 from .policies.preparation import check_prepared, place_components, prepare_pipeline, rename_gradient_checkpointing
 from .policies.prompt_embeds import cache_prompts
-from .policies.trained_weights import (
-    EMA_FOLDER,
-    gather_trained_weights,
-    load_trained_weights,
-    save_trained_weights,
-)
 from .reports.model_card import mixgrpo_model_card
 from .reports.sample_grid import save_sample_grid
 from .rewards import load_reward
-from .rewards.runner import RewardError, RewardFunc, RewardRunner, reward_names
+from .rewards.runner import RewardFunc, RewardRunner, reward_names
 from .training.callbacks import IterationCallback, RewardProgressCallback
-from .training.checkpoints import ROLLOUT_NAME, STATE_NAME, clean_up, find_checkpoint, publish, staging_folder
+from .training.checkpoints import ROLLOUT_NAME
 from .training.datasets import check_dataset, evaluations
 from .training.ema import EMAWeights
 from .training.engine import Engine, Rollout, TrainingBatch, make_scheduler
@@ -48,17 +39,18 @@ from .training.hacking_guard import HackingGuard
 from .training.interruptions import Interruptions, StopOnAllRanks
 from .training.memory import find_pass_size
 from .training.metrics import MetricBuffer, by_place
-from .training.nonfinite import NonFiniteError, NonFiniteSteps, finite_weights, gradient_norm
+from .training.nonfinite import NonFiniteSteps, gradient_norm
 from .training.plan import IterationPlan, PromptDataset, PromptSampler, Row, prompts_of_run
 from .training.preflight import preflight
 from .training.preflight_report import PreflightReport
+from .training.saving import ON_ALL_RANKS, SavingTrainer
 from .training.sharding import check_launch, use_autocast_in_deepspeed
 
 
 logger = logging.get_logger(__name__)
 
 
-class MixGRPOTrainer(Trainer):
+class MixGRPOTrainer(SavingTrainer):
     """
     Trainer for MixGRPO (https://arxiv.org/abs/2507.21802): a [`~transformers.Trainer`] of a pipeline's transformer.
 
@@ -279,20 +271,12 @@ class MixGRPOTrainer(Trainer):
                     if self.ema is not None:
                         self.ema.restore()
                     others = None
-                    if not isinstance(error, _ON_ALL_RANKS):
+                    if not isinstance(error, ON_ALL_RANKS):
                         others = self._faults.report(error, f"after {self.state.global_step} optimizer steps")
                     self._save_after(error)
                 if others is not None and isinstance(error, Exception):
                     raise RankError(others) from error
                 raise
-
-    def _find_checkpoint(self, given: str | bool | None) -> str | None:
-        """The checkpoint to resume from, chosen by the first rank for all of them."""
-        if self.is_local_process_zero():
-            clean_up(self.args.output_dir)
-        self.accelerator.wait_for_everyone()
-        found = [find_checkpoint(given, self.args.output_dir) if self.is_world_process_zero() else None]
-        return broadcast_object_list(found)[0]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Overridden since the Trainer takes a step before it looks whether the run is finished already.
@@ -349,12 +333,6 @@ class MixGRPOTrainer(Trainer):
         if batch == args.batches_per_iteration - 1:
             self.metrics.add({f"time/{phase}": seconds for phase, seconds in self.engine.timer.pop().items()})
         return trained.loss
-
-    def _release_signals(self) -> None:
-        """Raise the exception of a signal that came during the optimizer step."""
-        # Sharded weights can only be saved by all ranks together, so signals wait until all ranks know of them.
-        if not self.engine.is_sharded:
-            self.interruptions.release()
 
     def _stop_if_asked(self) -> None:
         """Raise the exception of a signal that came during the optimizer step, on all ranks of a sharded run."""
@@ -543,181 +521,6 @@ class MixGRPOTrainer(Trainer):
             except OSError as error:  # such as a full disk: no reason to lose the run
                 logger.warning(f"The sample grid {path} could not be written: {error}")
 
-    # ---- Saving and loading ----
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # Overridden since the Trainer saves nothing with FSDP and a sharded state dict, nor with ZeRO-3 by default.
-        if not self.engine.is_sharded:
-            super().save_model(output_dir, _internal_call)
-            return
-        self._save(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        # Overridden to write the files that diffusers loads. All ranks come here and gather, and one of them writes.
-        if self.engine.is_sharded:
-            state_dict = gather_trained_weights(self.pipe.transformer, keep=self.args.should_save)
-        if not self.args.should_save:
-            return
-        output_dir = self.args.output_dir if output_dir is None else output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        save_trained_weights(self.pipe, output_dir, self.weights, state_dict)
-        if self.ema is not None:
-            with self.ema.applied():
-                save_trained_weights(self.pipe, os.path.join(output_dir, EMA_FOLDER), self.weights)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Overridden to read the files of `_save`.
-        if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_trained_weights(self.pipe, resume_from_checkpoint, self.weights)
-        if self.ema is None:
-            return
-        folder = os.path.join(resume_from_checkpoint, EMA_FOLDER)
-        if os.path.isdir(folder):
-            with self.ema.applied():
-                load_trained_weights(self.pipe, folder, self.weights)
-        else:
-            self.ema.restart()
-            logger.warning(
-                f"{resume_from_checkpoint} has no moving average: it was saved without `ema_decay`. The average "
-                "starts at the weights of the checkpoint."
-            )
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        # Overridden to say what the Trainer passes over in silence.
-        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
-        if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, name)):
-            logger.warning(
-                f"The checkpoint has no {name}: it is one of another number of processes than {self.args.world_size}. "
-                "Resuming is not exact: this process draws other random numbers, and prompts are shared differently."
-            )
-        super()._load_rng_state(checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
-            return super()._load_best_model()
-        assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint, self.model_wrapped)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Overridden so that a checkpoint is whole or not there, and never holds weights that are not finite.
-        self._release_signals()
-        if not all(self.engine.gather(torch.tensor([finite_weights(self.engine.trained_parameters)]))):
-            raise NonFiniteError(
-                f"The weights are infinite or NaN after {self.state.global_step} optimizer steps, and are not saved. "
-                "Resume from the last checkpoint with a lower `learning_rate`."
-            )
-        self.store_flos()
-        final = self._checkpoint_folder(self.state.global_step)
-        self._write_checkpoint(final)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            publish(final)
-        self.accelerator.wait_for_everyone()
-        if self.is_local_process_zero() and os.path.isdir(staging_folder(final)):
-            publish(final)  # a machine whose disk the first process does not see
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(final)
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=self.args.output_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _checkpoint_folder(self, step: int) -> str:
-        return os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-
-    def _write_checkpoint(self, final: str) -> None:
-        """Write this rank's files of a checkpoint into its staging folder. Those of sharded weights need all ranks."""
-        staged = staging_folder(final)
-        try:
-            self.save_model(staged, _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(staged)
-                self._save_scaler(staged)
-                self._write_own_state(staged)
-            best = self._checkpoint_folder(self.state.best_global_step or -1)
-            if best == final or os.path.isdir(best):
-                self.state.best_model_checkpoint = best
-            if self.args.should_save:
-                self._export_callbacks()
-                self.state.save_to_json(os.path.join(staged, STATE_NAME))
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)  # on a full disk, its space may be what is missing
-            raise
-
-    def _write_own_state(self, folder: str) -> None:
-        """Write what each rank has of its own: the state of its random numbers, and an iteration's images."""
-        self._save_rng_state(folder)
-        if self.state.global_step % self.args.optimizer_steps_per_iteration and self.rollout is not None:
-            path = os.path.join(folder, ROLLOUT_NAME.format(rank=self.args.process_index))
-            torch.save(self.rollout.state_dict(), path)
-
-    def _export_callbacks(self) -> None:
-        """Put the state of callbacks that have one into the trainer's, where `_load_callback_state` finds it."""
-        states: dict[str, list[dict[str, Any]]] = {}
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                states.setdefault(type(callback).__name__, []).append(callback.state())
-        exported = {name: values[0] if len(values) == 1 else values for name, values in states.items()}
-        self.state.stateful_callbacks = exported  # type: ignore[assignment]  # its annotation is that of the argument
-
-    def _save_after(self, error: BaseException) -> None:
-        """Save a checkpoint to resume from after `error`, and say so in the error."""
-        step = self.state.global_step
-        callback = self._iteration_callback
-        if callback.first_step is None or step <= callback.first_step:
-            return  # nothing was trained that an older checkpoint does not have
-        folder = self._checkpoint_folder(step)
-        is_saved = callback.saved_step == step
-        reason = f"optimizer step {step + 1} was not finished" if callback.is_updating else ""
-        if not is_saved and not reason:
-            try:
-                is_saved = self._save_together(error) or self._save_alone(folder)
-                reason = "they are spread over processes, of which one has failed"
-            except Exception as failure:
-                reason = repr(failure)
-        note = f"The weights after {step} optimizer steps could not be saved: {reason}."
-        if is_saved:
-            note = (
-                f"The weights after {step} optimizer steps are saved in {folder}. Resume with "
-                f"trainer.train(resume_from_checkpoint={folder!r})."
-            )
-        error.add_note(note)
-        if not isinstance(error, Exception):
-            logger.warning(f"Stopped by {error!r}. {note}")  # Python shows no notes of SystemExit
-
-    def _save_together(self, error: BaseException) -> bool:
-        """Save as in training, if all ranks have come to this error."""
-        if not isinstance(error, _ON_ALL_RANKS):
-            return False
-        self._save_checkpoint(self.model_wrapped, trial=None)
-        return True
-
-    def _save_alone(self, folder: str) -> bool:
-        """Save without collectives, which ranks that have failed may not answer: each writes what it has."""
-        if self.engine.is_sharded:
-            return False
-        if not finite_weights(self.engine.trained_parameters):
-            raise NonFiniteError("they are infinite or NaN")
-        staged = staging_folder(folder)
-        if self.is_world_process_zero():
-            self._write_checkpoint(folder)
-            publish(folder)
-            self._faults.announce(_PUBLISHED)
-        elif not self.args.save_only_model:
-            own = f"{staged}-{self.args.process_index}"
-            self._write_own_state(own)
-            # The first rank may be done, or may come to its own error only when this process has ended.
-            shutil.copytree(own, folder if self._faults.wait_for(_PUBLISHED) else staged, dirs_exist_ok=True)
-            shutil.rmtree(own)
-        return True
-
     # ---- Hub ----
 
     def create_model_card(  # type: ignore[override]  # further entries are `metadata`
@@ -748,15 +551,7 @@ class MixGRPOTrainer(Trainer):
         )
         card.save(os.path.join(self.args.output_dir, "README.md"))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Overridden since the Trainer copies files of its own names from the checkpoint; these are written anew.
-        self._save(self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
 
-
-# Errors that all ranks raise together
-_ON_ALL_RANKS = (RewardError, NonFiniteError, StopOnAllRanks)
-_PUBLISHED = "published"
 _MERGE_NEEDS_LORA = "`merge_lora` must be False without a LoRA, got True. Pass a `peft_config`, or leave it False."
 
 
