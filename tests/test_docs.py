@@ -10,7 +10,7 @@ is replaced, and nothing else:
 | `hpsv2` and `pickscore` | small random weights in the layout of the published files, in that cache |
 | `you/flux-mixgrpo` on the Hub, the folder `output` | an untrained LoRA of the tiny FLUX, in folders of these names |
 | `"cuda"` | `"cpu"` |
-| image sizes, prompt lengths, `max_steps` | 64x64 pixels, 12 tokens, one iteration (4 optimizer steps) |
+| image sizes, prompt lengths, denoising steps, `max_steps` | 64x64 pixels, 12 tokens, 8 steps, one iteration |
 | `push_to_hub` | saves what it would push |
 | files of the reader: `prompts.txt`, `cat.png`, `recipe.yaml` | made here, the recipe from docs/recipes.md |
 
@@ -20,6 +20,7 @@ Commands are parsed by the parsers of the scripts they name, and not run.
 import argparse
 import configparser
 import functools
+import importlib
 import re
 import runpy
 import shlex
@@ -38,6 +39,7 @@ from transformers import HfArgumentParser
 from trl import TrlParser
 
 from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, toy
+from diffusers_mixgrpo.commands import COMMANDS
 
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +48,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*
 sys.path.append(str(ROOT / "tests" / "rewards"))
 
 # Settings of a real run, of which the first iteration is enough here
-SMALL = {"height": 64, "width": 64, "max_sequence_length": 12, "max_steps": 4, "use_cpu": True, "report_to": "none"}
+SMALL = {"height": 64, "width": 64, "num_inference_steps": 8, "max_sequence_length": 12}
+SMALL |= {"max_steps": 4, "use_cpu": True, "report_to": "none"}
 # Programs that are not ours, of which nothing is checked
 FOREIGN = {"cd", "export", "git", "vllm"}
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -109,7 +112,8 @@ def laptop(hub_cache, tmp_path, monkeypatch) -> Path:
 
     @functools.wraps(sample)
     def sample_small(self, *args, **given):
-        return sample(self, *args, **(given | {"height": 64, "width": 64, "max_sequence_length": 12}))
+        given |= {"height": 64, "width": 64, "max_sequence_length": 12}
+        return sample(self, *args, **({"num_inference_steps": 8} | given))
 
     monkeypatch.setattr(FluxPipeline, "__call__", sample_small)
 
@@ -148,7 +152,9 @@ def commands(page: Path) -> Iterator[list[str]]:
     """The commands of a page, in words: of its blocks, and those of our scripts that stand in the text."""
     text = page.read_text(encoding="utf-8")
     lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    lines += re.findall(r"`(python examples/[^`]+)`", FENCE.sub("", text).replace("\n", " "))
+    lines += re.findall(
+        r"`((?:python examples/|diffusers-mixgrpo )[^`]* --[^`]+)`", FENCE.sub("", text).replace("\n", " ")
+    )
     for line in lines:
         words: list[str] = []
         for word in shlex.split(line, comments=True):
@@ -166,7 +172,11 @@ class Parsed(Exception):
 
 
 def parse(script: str, flags: list[str], monkeypatch) -> None:
-    """Run a script until its flags are parsed by its own parser."""
+    """
+    Run a script, or a command of `diffusers-mixgrpo`, until its flags are parsed by its own parser.
+
+    The commands are called as modules, since `diffusers-mixgrpo` itself also has a parser.
+    """
 
     def stop_after(function):
         @functools.wraps(function)
@@ -176,9 +186,7 @@ def parse(script: str, flags: list[str], monkeypatch) -> None:
 
         return parse
 
-    path = ROOT / script
-    monkeypatch.setattr(sys, "argv", [str(path), *flags])
-    monkeypatch.syspath_prepend(str(path.parent))
+    monkeypatch.setattr(sys, "argv", [script, *flags])
     for parser, method in (
         (argparse.ArgumentParser, "parse_args"),
         (HfArgumentParser, "parse_args_into_dataclasses"),
@@ -186,7 +194,11 @@ def parse(script: str, flags: list[str], monkeypatch) -> None:
     ):
         monkeypatch.setattr(parser, method, stop_after(getattr(parser, method)))
     with pytest.raises(Parsed):
-        runpy.run_path(str(path), run_name="__main__")
+        if script in COMMANDS:
+            importlib.import_module(f"diffusers_mixgrpo.commands.{script.replace('-', '_')}").main()
+        else:
+            monkeypatch.syspath_prepend(str((ROOT / script).parent))
+            runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 @pytest.mark.parametrize("name", pages_with("bash"))
@@ -208,9 +220,12 @@ def test_the_commands_of_a_page_parse(name, laptop, monkeypatch):
             launch = launch_command_parser().parse_args(flags[1:])
             assert flags[0] == "launch"
             assert launch.config_file is None or (ROOT / launch.config_file).is_file(), words
+            script = [launch.training_script, *launch.training_script_args]
+            if launch.module:
+                assert script.pop(0) == "diffusers_mixgrpo"
             with monkeypatch.context() as patch:
-                parse(launch.training_script, launch.training_script_args, patch)
-        elif program == "python":
+                parse(script[0], script[1:], patch)
+        elif program in ("python", "diffusers-mixgrpo"):
             with monkeypatch.context() as patch:
                 parse(flags[0], flags[1:], patch)
         else:

@@ -97,8 +97,8 @@ def test_names_behind_files_exist():
 def test_the_migration_leads_to_fields_that_exist():
     fields = {field.name for field in dataclasses.fields(MixGRPOConfig)}
     rows = re.findall(r"^\| `--.*? \| (.*?) \|", TEXTS[DOCS / "migration.md"], re.MULTILINE)
-    of_the_script = (ROOT / "examples" / "train_flux_mixgrpo.py").read_text(encoding="utf-8")
-    of_the_script += (ROOT / "examples" / "evaluate.py").read_text(encoding="utf-8")
+    commands = ROOT / "src" / "diffusers_mixgrpo" / "commands"
+    of_the_script = "".join((commands / name).read_text(encoding="utf-8") for name in ("train.py", "evaluate.py"))
     assert len(rows) > 60
     for cell in rows:
         for name in re.findall(r"`([a-z_]{2,})(?:=[^`]*)?`", cell):
