@@ -25,7 +25,7 @@ ALLOWED = {
     "policies": {"policies", "core", "mixgrpo_config"},
     "rewards": {"rewards", "core"},
     "training": {"training", "core", "policies", "rewards", "mixgrpo_config", "scheduling_mixed_ode_sde"},
-    "reports": {"reports", "policies", "mixgrpo_config"},
+    "reports": {"reports", "training", "policies", "mixgrpo_config"},
     "hybrid_inference": set(),
     "toy": {"toy"},
 }

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers import DiffusionPipeline
@@ -25,7 +25,9 @@ from .policies.loading import load_pipeline
 from .policies.preparation import check_prepared, place_components, prepare_pipeline, rename_gradient_checkpointing
 from .policies.prompt_embeds import cache_prompts
 from .reports.model_card import mixgrpo_model_card
-from .reports.sample_grid import save_sample_grid
+from .reports.run_folder import RunFolder, run_facts, save_samples
+from .reports.sample_grid import draw_samples
+from .reports.trackers import prepare_trackers, send_samples
 from .rewards import load_reward
 from .rewards.runner import RewardFunc, RewardRunner, reward_names
 from .training.callbacks import IterationCallback, RewardProgressCallback
@@ -43,6 +45,7 @@ from .training.nonfinite import NonFiniteSteps, gradient_norm
 from .training.plan import IterationPlan, PromptDataset, PromptSampler, Row, prompts_of_run
 from .training.preflight import preflight
 from .training.preflight_report import PreflightReport
+from .training.samples import Sample, SampleGroup, Samples, are_due, extreme_groups, fixed_rows, sample_fixed
 from .training.saving import ON_ALL_RANKS, SavingTrainer
 from .training.sharding import check_launch, use_autocast_in_deepspeed
 
@@ -138,6 +141,7 @@ class MixGRPOTrainer(SavingTrainer):
         funcs = _as_list(reward_funcs)
         eval_funcs = [] if eval_reward_funcs is None else _as_list(eval_reward_funcs)
         _check_arguments(args, model, funcs, eval_funcs, peft_config)
+        _check_evaluation(args, eval_dataset)
         check_dataset("train_dataset", train_dataset)
         for name, part in evaluations(eval_dataset).items():
             check_dataset(name, part)
@@ -151,7 +155,10 @@ class MixGRPOTrainer(SavingTrainer):
         settings = args.reward_timeout, args.device, args.offload_rewards
         rewards = RewardRunner(self.reward_funcs, *settings)
         eval_rewards = RewardRunner(self.eval_reward_funcs, *settings) if eval_funcs else None
-        _check_names(rewards.names, eval_rewards.names if eval_rewards is not None else [])
+        eval_names = eval_rewards.names if eval_rewards is not None else []
+        _check_names(rewards.names, eval_names)
+        if args.eval_strategy != "no":
+            _check_metric(args, eval_dataset, [*rewards.names, *eval_names])
 
         # 3. The pipeline, whose transformer is the model to train
         self.pipe = load_pipeline(model, args, with_lora=peft_config is not None)
@@ -196,11 +203,24 @@ class MixGRPOTrainer(SavingTrainer):
         self.add_callback(self._iteration_callback)
         if args.hacking_guard != "off":
             self.add_callback(HackingGuard)
+        prepare_trackers(self.callback_handler.callbacks, self.pipe.transformer, args)
+        eval_names = eval_rewards.names if eval_rewards is not None else []
+        facts = run_facts(
+            policy,
+            args,
+            self.weights,
+            rewards.names,
+            self.engine.reward_weights.tolist(),
+            eval_names,
+            self.accelerator.num_processes,
+        )
+        self.add_callback(RunFolder(args.output_dir, facts))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgressCallback)
         place_components(self.pipe, args, stay=policy.text_encoders if args.cache_prompt_embeds else ())
+        self._fixed_rows, self._fixed_seeds = self._rows_to_look_at()
         if args.cache_prompt_embeds:
-            parts = evaluations(eval_dataset).values()
+            parts = [*evaluations(eval_dataset).values(), self._fixed_rows]
             prompts = prompts_of_run(args, train_dataset, parts, self.accelerator.num_processes)
             # Of several processes on a machine the first one encodes, and the others read its files.
             with args.main_process_first(desc="encoding the prompts"):
@@ -284,6 +304,9 @@ class MixGRPOTrainer(SavingTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+        is_last = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
+        if is_last and self.args.logging_images_steps is not None:
+            self._log_images(self._sample_fixed(), groups=[])
 
     def _forget_iteration(self) -> None:
         """Drop everything of an earlier run, which may have been interrupted."""
@@ -347,7 +370,12 @@ class MixGRPOTrainer(SavingTrainer):
         """Sample and log the images of an iteration, or go on with those of an interrupted one."""
         if is_resuming and (restored := self._restore_rollout(plan)) is not None:
             return restored
+        # Before the rollout, which may hold the activations of its forward passes until it is trained on
+        is_due = are_due(self.args, self.state.global_step, self.state.max_steps)
+        fixed = self._sample_fixed() if is_due else []
         rollout = self.engine.roll_out(plan, self._inference_model)
+        if is_due:
+            self._log_images(fixed, extreme_groups(self.engine, rollout))
         self.metrics.add(rollout.statistics)
         self.metrics.add(by_place({"reward_std": rollout.statistics["reward_std"]}, plan))
         if count := int(rollout.statistics["nonfinite/images"]):
@@ -355,7 +383,6 @@ class MixGRPOTrainer(SavingTrainer):
                 f"Step {self.state.global_step}: {count} images of iteration {plan.iteration} were infinite or NaN "
                 f"and are left out. Prompts on this process: {plan.prompts}."
             )
-        self._save_images(rollout)
         return rollout
 
     def _restore_rollout(self, plan: IterationPlan) -> Rollout | None:
@@ -492,6 +519,21 @@ class MixGRPOTrainer(SavingTrainer):
         seeds = [self.args.eval_seed + i for i in range(len(prompts))] if seeds is None else seeds
         return self.evaluator.sample_images(prompts, seeds, self._inference_model)
 
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not part of this trainer, whose model predicts velocities: see [`sample_images`] and [`evaluate`]."""
+        raise NotImplementedError(
+            "`predict` is not part of this trainer, whose model predicts velocities. Use "
+            "trainer.sample_images(prompts) for images, or trainer.evaluate(dataset) for their rewards."
+        )
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not part of this trainer, which trains the pipeline that it was given: make a trainer per trial."""
+        raise NotImplementedError(
+            "`hyperparameter_search` is not part of this trainer, which trains the pipeline that it was given. Make a "
+            "trainer with a new pipeline for each setting, for example in the objective of an optuna study, and "
+            "compare trainer.evaluate()['eval_reward'] after trainer.train()."
+        )
+
     # ---- Logging ----
 
     @property
@@ -503,23 +545,30 @@ class MixGRPOTrainer(SavingTrainer):
         logs.update(self.metrics.pop())
         super().log(logs, start_time)
 
-    def _save_images(self, rollout: Rollout) -> None:
-        # In the first iteration at or after each multiple of `logging_images_steps`
-        args = self.args
-        step = self.state.global_step
-        if args.logging_images_steps is None or step % args.logging_images_steps >= args.optimizer_steps_per_iteration:
+    def _rows_to_look_at(self) -> tuple[list[Row], list[int]]:
+        """The rows and seeds of sample grids, from the first evaluation dataset or else the training dataset."""
+        parts = [*evaluations(self.eval_dataset).values(), self.train_dataset]
+        dataset = next((part for part in parts if part is not None), None)
+        if dataset is None or self.args.logging_images_steps is None:
+            return [], []
+        return fixed_rows(self.args, dataset)
+
+    def _sample_fixed(self) -> list[Sample]:
+        """Images of the fixed prompts and seeds by the current policy. All ranks take part."""
+        return sample_fixed(self.evaluator, self._fixed_rows, self._fixed_seeds, self._inference_model)
+
+    def _log_images(self, fixed: list[Sample], groups: list[SampleGroup]) -> None:
+        """Draw, save and send what there is to see at this step."""
+        if not self.is_world_process_zero():
             return
-        if self.is_world_process_zero():
-            count = min(args.num_logged_images, len(rollout.images))
-            captions = [row["prompt"] for row in rollout.rows[:count]]
-            for name, scores in zip(self.reward_names, rollout.rewards.tolist(), strict=True):
-                captions = [f"{text} {name}={scores[i]:.3g}" for i, text in enumerate(captions)]
-            columns = args.num_generations if args.num_generations <= 12 else 8
-            path = os.path.join(args.output_dir, "images", f"step_{step:06d}.png")
-            try:
-                save_sample_grid(rollout.images[:count], captions, path, columns)
-            except OSError as error:  # such as a full disk: no reason to lose the run
-                logger.warning(f"The sample grid {path} could not be written: {error}")
+        step = self.state.global_step
+        samples = Samples(step, self.state.max_steps, fixed, self.args.num_logged_seeds, groups)
+        grid = draw_samples(samples)
+        try:
+            save_samples(samples, grid, self.args.output_dir)
+        except OSError as error:  # such as a full disk: no reason to lose the run
+            logger.warning(f"The images of step {step} could not be written to {self.args.output_dir}: {error}")
+        send_samples(self.callback_handler.callbacks, samples, grid)
 
     # ---- Hub ----
 
@@ -568,6 +617,36 @@ def _check_names(trained: Sequence[str], others: Sequence[str]) -> None:
         )
 
 
+def _check_evaluation(args: MixGRPOConfig, eval_dataset: PromptDataset | dict[str, PromptDataset] | None) -> None:
+    """Refuse evaluations without prompts."""
+    if eval_dataset is not None:
+        return
+    for name, default in (("eval_strategy", "no"), ("eval_on_start", False)):
+        if (value := getattr(args, name)) != default:
+            raise ValueError(
+                f"`{name}` must be {default!r} without an `eval_dataset`, got {value!r}. Pass prompts to evaluate, or "
+                "leave it out."
+            )
+
+
+def _check_metric(
+    args: MixGRPOConfig, eval_dataset: PromptDataset | dict[str, PromptDataset] | None, names: Sequence[str]
+) -> None:
+    """Refuse a metric that no evaluation with rewards of these names has."""
+    prefixes = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+    known = ["reward", *(f"rewards/{name}/mean" for name in names)]
+    known = list(dict.fromkeys(["reward", *(prefix + metric for prefix in prefixes for metric in known)]))
+    metric = (args.metric_for_best_model or "reward").removeprefix("eval_")
+    own = next((prefix for prefix in prefixes if metric.startswith(f"{prefix}ema_")), "")
+    if args.ema_decay is not None:
+        metric = own + metric.removeprefix(own).removeprefix("ema_")
+    if metric not in known:
+        raise ValueError(
+            f"`metric_for_best_model` must be one of {', '.join(known)}, got {args.metric_for_best_model!r}, which no "
+            "evaluation has. Change it, or leave it out for 'reward'."
+        )
+
+
 def _check_arguments(
     args: MixGRPOConfig,
     model: DiffusionPipeline | str | os.PathLike,
@@ -576,6 +655,11 @@ def _check_arguments(
     peft_config: PeftConfig | None,
 ) -> None:
     """Refuse arguments that cannot work together."""
+    if not reward_funcs:
+        raise ValueError(
+            "`reward_funcs` must have at least one reward, got an empty list. Pass a function "
+            "`reward(prompts, images, **columns) -> list[float | None]`, or a name such as 'hpsv2'."
+        )
     check_launch(args)
     if args.n_gpu > 1:
         raise ValueError(

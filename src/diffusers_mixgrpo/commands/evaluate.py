@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from .. import toy
 from ..hybrid_inference import hybrid_inference
 from ..mixgrpo_config import MixGRPOConfig
-from ..reports.sample_grid import save_sample_grid
+from ..reports.sample_grid import Block, Tile, draw_grid, number, readable
 from ..rewards import load_reward
 from ..rewards.runner import RewardRunner
 from .command_line import TOY_CONFIGURATION, flag, parse, read_yaml
@@ -285,13 +285,12 @@ def save_grid(
     reward_name: str,
 ) -> None:
     """The images of the first prompts, those of the same prompt side by side, with their scores by one reward."""
-    tiles = []
-    captions = []
+    blocks = []
     for i, prompt in enumerate(prompts[:NUM_GRID_PROMPTS]):
-        for variant, variant_images in images.items():
-            tiles.append(variant_images[i])
-            captions.append(f"{variant}, {reward_name} {float(scores[variant][0, i]):.3f}: {prompt}")
-    save_sample_grid(tiles, captions, path, tile_size=200)
+        values = {variant: number(float(scores[variant][0, i])) for variant in images}
+        tiles = [Tile(images[variant][i], [(f"{variant}: {readable(reward_name)}", values[variant])]) for variant in images]
+        blocks.append(Block(prompt, tiles))
+    draw_grid(", ".join(images), "", blocks).save(path)
 
 
 def in_markdown(args: EvaluationArguments, runner: RewardRunner, results: dict[str, dict[str, Any]]) -> str:
