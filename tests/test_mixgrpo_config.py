@@ -487,7 +487,8 @@ def test_quantization_is_json_on_the_command_line(tmp_path):
 
 
 def test_the_recipes_of_the_documentation_are_configurations(tmp_path):
-    text = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
+    documents = Path(__file__).parents[1] / "docs"
+    text = (documents / "performance.md").read_text() + (documents / "recipes.md").read_text()
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
     cache, options, common, *recipes = blocks
     assert len(recipes) == 4 and "pretrained_model_name_or_path" in common
