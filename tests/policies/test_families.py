@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 
 import numpy as np
 import pytest
@@ -203,15 +204,14 @@ def trainer_of(family, output_dir, scale=None, **changes):
     return make_trainer(output_dir, **settings | changes)
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("lora", [LoraConfig(r=4, lora_alpha=64), False], ids=["lora", "full"])
 @FAMILY
 def test_training_raises_a_reward(family, lora, tmp_path):
-    rate = 2e-2 if lora else 2e-3
-    trainer = trainer_of(family, tmp_path, lora=lora, learning_rate=rate, max_steps=24, num_generations=8)
-    before = trainer.evaluate()["eval_reward"]
+    settings = {"learning_rate": 2e-2 if lora else 5e-3, "max_steps": 24, "per_device_train_batch_size": 8}
+    trainer = trainer_of(family, tmp_path, lora=lora, num_generations=8, logging_steps=24, **settings)
+    before = trainer.evaluate()
     trainer.train()
-    after = trainer.evaluate()["eval_reward"]
-    assert after > before + 0.02
+    assert trainer.evaluate()["eval_reward"] > before["eval_reward"] + before["eval_rewards/redness/std"]
 
 
 @FAMILY
@@ -276,8 +276,6 @@ def test_lora_targets_exist(family):
 
 @FAMILY
 def test_defaults_are_those_of_the_pipelines_call(family):
-    import inspect
-
     pipe = shared(family)
     policy = policy_class(type(pipe).__name__)
     defaults = {name: parameter.default for name, parameter in inspect.signature(pipe.__call__).parameters.items()}
