@@ -65,8 +65,8 @@ class MixGRPOConfig(TrainingArguments):
             Sampling steps `T`.
         guidance_scale (`float`, *optional*):
             Guidance scale, as in the pipeline's `__call__`, in training and evaluation. Defaults to the pipeline's own
-            default, such as 3.5 of FLUX.1. Where it means classifier-free guidance, each step takes two forward passes,
-            in the rollout and in training; a value that switches it off (1, of Z-Image 0) saves the second one.
+            default, such as 3.5 of FLUX.1. Where it means classifier-free guidance, each step takes two forward
+            passes, in the rollout and in training; a value that switches it off (1, of Z-Image 0) saves the second.
         max_sequence_length (`int`, *optional*):
             Text tokens per prompt. Defaults to the pipeline's own default.
         negative_prompt (`str`, *optional*):

@@ -108,7 +108,8 @@ def test_the_shared_prefix_is_the_stock_pipelines(family, scale):
 
 
 # A log-prob is a mean over elements whose velocity rounds differently in other batches: by a few units of 2^-23 times
-# the number of layers. Guidance multiplies the difference of two passes, and `cps` divides by small stds at late steps.
+# the number of layers. Guidance multiplies the difference of two passes, and `cps` divides by small stds at late
+# steps.
 @pytest.mark.parametrize("places", [{"start": 0}, {"start": 2}, {"start": 1, "suffix_ratio": 0.5}], ids=str)
 @pytest.mark.parametrize("sde_type", ["flow", "dance", "cps", "dpm"])
 @FAMILY

@@ -28,8 +28,8 @@ class Flux2Policy(PipelinePolicy):
     longest_sequence = 512
     default_sequence_length = 512
     default_guidance_scale = 4.0
-    # The attention projections of the double-stream blocks, and the input of the single-stream ones, where attention and
-    # feed-forward layer are one. (`attn.to_out` would also match a list of the double-stream blocks.)
+    # The attention projections of the double-stream blocks, and the input of the single-stream ones, where attention
+    # and feed-forward layer are one. (`attn.to_out` would also match a list of the double-stream blocks.)
     lora_target_modules = (
         "attn.to_q",
         "attn.to_k",

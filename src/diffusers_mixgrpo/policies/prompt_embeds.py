@@ -159,7 +159,8 @@ def cache_folder(policy: PipelinePolicy) -> str:
     The folder of the embeddings of a policy's text encoders, named after a hash of everything that they depend on.
 
     This is the weights of the encoders with their dtypes, their configurations, adapters, tokenizers, the number of
-    tokens, and the negative prompt. The device and the versions of libraries, which may round differently, are not included.
+    tokens, and the negative prompt. The device and the versions of libraries, which may round differently, are not
+    included.
 
     Raises:
         `ValueError`: If the weights are offloaded and not in memory.

@@ -20,9 +20,9 @@ class QwenImagePolicy(PipelinePolicy):
     """
     A [`~diffusers.QwenImagePipeline`] as a policy, with the arguments of [`PipelinePolicy`].
 
-    Its latents are packed, of shape `(B, L, C)`. The pipeline pads prompts to the longest of a call; here all are padded
-    to `max_sequence_length`, and masked, so that a prompt is the same numbers in each batch. With a guidance scale above
-    1 the guided velocity gets the norm of the conditional one, token by token.
+    Its latents are packed, of shape `(B, L, C)`. The pipeline pads prompts to the longest of a call; here all are
+    padded to `max_sequence_length`, and masked, so that a prompt is the same numbers in each batch. With a guidance
+    scale above 1 the guided velocity gets the norm of the conditional one, token by token.
     """
 
     family = "qwen-image"

@@ -20,9 +20,9 @@ class ZImagePolicy(PipelinePolicy):
     """
     A [`~diffusers.ZImagePipeline`] as a policy, with the arguments of [`PipelinePolicy`].
 
-    Its latents are of shape `(B, C, h, w)`, in float32. The transformer counts time from noise to image and predicts the
-    negative velocity. It takes prompts of different lengths, which are kept padded, with their lengths. With a guidance
-    scale above 0 both passes of classifier-free guidance are one pass of twice as many images.
+    Its latents are of shape `(B, C, h, w)`, in float32. The transformer counts time from noise to image and predicts
+    the negative velocity. It takes prompts of different lengths, which are kept padded, with their lengths. With a
+    guidance scale above 0 both passes of classifier-free guidance are one pass of twice as many images.
     """
 
     family = "z-image"
