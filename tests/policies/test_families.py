@@ -205,6 +205,7 @@ def trainer_of(family, output_dir, scale=None, **changes):
     return make_trainer(output_dir, **settings | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoraConfig(r=4, lora_alpha=64), False], ids=["lora", "full"])
 @FAMILY
 def test_training_raises_a_reward(family, lora, tmp_path):
@@ -217,7 +218,7 @@ def test_training_raises_a_reward(family, lora, tmp_path):
 
 @FAMILY
 def test_the_saved_lora_gives_the_trainers_images_in_the_stock_pipeline(family, tmp_path):
-    trainer = trainer_of(family, tmp_path, max_steps=2, learning_rate=1e-2)
+    trainer = trainer_of(family, tmp_path, lora=LoraConfig(r=4, lora_alpha=256), max_steps=4, learning_rate=5e-2)
     trainer.train()
     trainer.save_model()
     images = trainer.sample_images([TEXTS[1]], [3])
@@ -231,7 +232,7 @@ def test_the_saved_lora_gives_the_trainers_images_in_the_stock_pipeline(family, 
     pipe.load_lora_weights(str(tmp_path))
     difference = np.asarray(sample(), dtype=int) - np.asarray(images[0], dtype=int)
     assert np.abs(difference).max() <= 1
-    assert np.abs(untrained - np.asarray(images[0], dtype=int)).max() > 1
+    assert np.abs(untrained - np.asarray(images[0], dtype=int)).max() > 5
 
 
 @FAMILY
@@ -258,7 +259,8 @@ def test_the_options_of_a_run(family, tmp_path):
     trained_images = trainer.sample_images([TEXTS[0]], [3])
     with hybrid_inference(trainer.pipe, trained_ratio=0):
         base_images = trainer.sample_images([TEXTS[0]], [3])
-    expected = trainer_of(family, tmp_path / "untrained", bf16=True).sample_images([TEXTS[0]], [3])
+    untrained = trainer_of(family, tmp_path / "untrained", bf16=True, cache_prompt_embeds=True)
+    expected = untrained.sample_images([TEXTS[0]], [3])
     assert np.array_equal(np.asarray(base_images[0]), np.asarray(expected[0]))
     assert not np.array_equal(np.asarray(trained_images[0]), np.asarray(expected[0]))
 

@@ -127,7 +127,7 @@ class PipelinePolicy(abc.ABC):
 
         The transformer sees the latents in the dtype of the prompt embeddings, as in the pipeline, and the velocity
         comes back in the dtype of the latents: a sampler may keep its states in float32 while the transformer computes
-        in less.
+        in less. Predictions are combined for guidance in that dtype too.
         """
 
     @abc.abstractmethod

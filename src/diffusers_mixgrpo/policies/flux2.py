@@ -87,7 +87,7 @@ class Flux2Policy(PipelinePolicy):
         prompt_embeds = conditioning.rows["prompt_embeds"]
         return self._predict(
             latents, timestep, prompt_embeds, conditioning, guidance.expand(len(latents)), "cond", transformer
-        ).to(latents.dtype)
+        )
 
     def _predict(
         self,
@@ -111,7 +111,7 @@ class Flux2Policy(PipelinePolicy):
                 img_ids=self._latent_ids(latents.device),
                 joint_attention_kwargs=None,
                 return_dict=False,
-            )[0]
+            )[0].to(latents.dtype)
 
     def _latent_ids(self, device: torch.device) -> Tensor:
         """The positions of the image tokens, of shape `(1, L, 4)`."""
@@ -158,4 +158,4 @@ class Flux2KleinPolicy(Flux2Policy):
             prompt_embeds = conditioning.rows["negative_prompt_embeds"]
             negative = self._predict(latents, timestep, prompt_embeds, conditioning, None, "uncond", transformer)
             velocity = negative + self.guidance_scale * (velocity - negative)
-        return velocity.to(latents.dtype)
+        return velocity

@@ -117,7 +117,7 @@ class QwenImagePolicy(PipelinePolicy):
                     img_shapes=[[(1, *self._patches)]] * batch_size,
                     attention_kwargs={},
                     return_dict=False,
-                )[0]
+                )[0].to(latents.dtype)
 
         rows = conditioning.rows
         velocity = predict(rows["prompt_embeds"], rows["prompt_mask"], "cond")
@@ -126,7 +126,7 @@ class QwenImagePolicy(PipelinePolicy):
             guided = negative + self.guidance_scale * (velocity - negative)
             norm, guided_norm = (torch.norm(value, dim=-1, keepdim=True) for value in (velocity, guided))
             velocity = guided * (norm / guided_norm)
-        return velocity.to(latents.dtype)
+        return velocity
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae

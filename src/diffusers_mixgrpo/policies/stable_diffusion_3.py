@@ -117,11 +117,11 @@ class StableDiffusion3Policy(PipelinePolicy):
             pooled_projections=pooled,
             joint_attention_kwargs=None,
             return_dict=False,
-        )[0]
+        )[0].to(latents.dtype)
         if self.is_guided:
             negative, positive = velocity.chunk(2)
             velocity = negative + self.guidance_scale * (positive - negative)
-        return velocity.to(latents.dtype)
+        return velocity
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae
