@@ -65,10 +65,14 @@ class MixGRPOConfig(TrainingArguments):
             Width of the training images in pixels.
         num_inference_steps (`int`, defaults to 25):
             Sampling steps `T`.
-        guidance_scale (`float`, defaults to 3.5):
-            Guidance scale, as in the pipeline's `__call__`.
-        max_sequence_length (`int`, defaults to 512):
-            Text tokens per prompt.
+        guidance_scale (`float`, *optional*):
+            Guidance scale, as in the pipeline's `__call__`, in training and evaluation. Defaults to the pipeline's own
+            default, such as 3.5 of FLUX.1. Where it means classifier-free guidance, each step takes two forward
+            passes, in the rollout and in training; a value that switches it off (1, of Z-Image 0) saves the second.
+        max_sequence_length (`int`, *optional*):
+            Text tokens per prompt. Defaults to the pipeline's own default.
+        negative_prompt (`str`, *optional*):
+            The negative prompt of classifier-free guidance. Defaults to an empty one. Pipelines without it refuse it.
         shift (`float`, *optional*):
             Static timestep shift, in training and evaluation. `None` keeps the times at which the pipeline's own
             scheduler samples (for many models a shift that depends on the image size), so that the policy is
@@ -300,8 +304,16 @@ class MixGRPOConfig(TrainingArguments):
     height: int = field(default=720, metadata={"help": "Height of the training images in pixels."})
     width: int = field(default=720, metadata={"help": "Width of the training images in pixels."})
     num_inference_steps: int = field(default=25, metadata={"help": "Sampling steps T."})
-    guidance_scale: float = field(default=3.5, metadata={"help": "Guidance scale, as in the pipeline's `__call__`."})
-    max_sequence_length: int = field(default=512, metadata={"help": "Text tokens per prompt."})
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "Guidance scale, as in the pipeline's `__call__`. If not set, the pipeline's own default."},
+    )
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "Text tokens per prompt. If not set, the pipeline's own default."}
+    )
+    negative_prompt: str | None = field(
+        default=None, metadata={"help": "Negative prompt of classifier-free guidance. An empty one if not set."}
+    )
     shift: float | None = field(
         default=None,
         metadata={"help": "Static timestep shift (the paper's runs: 3). If not set, the pipeline's own schedule."},

@@ -169,6 +169,7 @@ class MixGRPOTrainer(SavingTrainer):
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             max_sequence_length=args.max_sequence_length,
+            negative_prompt=args.negative_prompt,
         )
         for name, size in (("eval_height", args.eval_height), ("eval_width", args.eval_width)):
             if size is not None:

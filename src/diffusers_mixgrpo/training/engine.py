@@ -440,8 +440,8 @@ class Engine:
         statistics["window/start"] = plan.window.start
         statistics["window/size"] = plan.window.size
         statistics["iteration"] = plan.iteration
-        statistics["nfe"] = trajectory.nfe
-        statistics["nfe_amortized"] = trajectory.nfe_computed
+        statistics["nfe"] = self.policy.passes_per_step * trajectory.nfe
+        statistics["nfe_amortized"] = self.policy.passes_per_step * trajectory.nfe_computed
         return statistics
 
     def try_rewards(self, dataset: PromptDataset) -> None:
