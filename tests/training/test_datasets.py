@@ -21,7 +21,7 @@ from diffusers_mixgrpo.training.datasets import check_dataset
         ([{"prompt": "a", "x": 1}, {"prompt": "b"}], ValueError, "got row 1 that differs from row 0 in 'x'"),
         ([{"prompt": "a"}, {"prompt": "b", "y": 1}], ValueError, "same columns .* row 1 .* in 'y'"),
         ([{"prompt": "a", "images": 1}], ValueError, r"rename_column\('images', 'dataset_images'\)"),
-        ([{"prompt": "a", "log_metric": 1}], ValueError, r"must not have a column 'log_metric', .* rename_column"),
+        ([{"prompt": "a", "log_metric": 1}], ValueError, r"must not have a column 'log_metric', .*rename_column"),
         (Dataset.from_dict({"prompt": ["a"], "trainer_state": [1]}), ValueError, "column 'trainer_state'"),
         ([{"prompt": "a", "log_extra": 1}], ValueError, "column 'log_extra'"),
         ([{"prompt": "a", 3: 1}], ValueError, "columns named by strings.*got 3"),
