@@ -20,8 +20,11 @@ from helpers import PROMPTS, make_trainer, once, redness
 TESTS = Path(__file__).parents[1]
 
 
-def greenness(prompts, images, **columns):
-    return [-score for score in redness(prompts, images)]
+def greenness(prompts, images, log_metric, **columns):
+    scores = [-score for score in redness(prompts, images)]
+    for score in scores:
+        log_metric("green", score)  # a mean over the images of both processes
+    return scores
 
 
 # Five prompts, which two processes do not share evenly
@@ -50,6 +53,8 @@ def test_both_processes_train_one_policy_on_images_of_their_own(records):
     assert first["log"]["window/start"] == [0, 1]
     assert first["evaluation"] == second["evaluation"]
     assert first["evaluation"]["eval_alarms"] == 0
+    green = first["evaluation"]["eval_rewards/greenness/mean"]
+    assert first["evaluation"]["eval_green"] == pytest.approx(green, abs=0.01)
     assert len(first["images"]) == len(second["images"]) == 2
     assert not set(first["images"]) & set(second["images"])  # each with its own prompts and noise
     assert all(len(set(prompts)) == 1 for rank in (first, second) for prompts in rank["prompts"])  # whole groups
