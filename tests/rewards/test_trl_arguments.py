@@ -42,7 +42,7 @@ def of_the_state(prompts, images, trainer_state, tag):
 @pytest.mark.parametrize("reward", [of_the_state, State(), later, functools.partial(of_the_state)])
 def test_the_state_is_that_of_the_call(reward):
     state = TrainerState(global_step=3)
-    runner = RewardRunner([reward], trainer_state=lambda: state)
+    runner = RewardRunner([reward], state=lambda: state)
     assert score(runner) == [[3.0] * 3]
     state = TrainerState(global_step=5)  # the Trainer makes a new one when training begins
     assert score(runner) == [[5.0] * 3]
@@ -79,7 +79,7 @@ def test_metrics_are_means_over_calls():
         log_metric("tags", sum(columns["tag"]))
         return [1.0] * len(images)
 
-    runner = RewardRunner([reward, later], trainer_state=TrainerState)
+    runner = RewardRunner([reward, later], state=TrainerState)
     score(runner)
     score(runner)
     assert runner.pop_metrics() == {"size": 1.5, "tags": 3.0}  # the async one is called for 2 images and for 1
@@ -97,7 +97,7 @@ def test_a_wrong_metric_is_an_error_of_the_reward():
 
 
 def test_the_trial_logs_nothing():
-    runner = RewardRunner([later], trainer_state=TrainerState)
+    runner = RewardRunner([later], state=TrainerState)
     runner.try_on_gray_images(ROWS, (4, 4))
     assert runner.pop_metrics() == {}
 

@@ -71,6 +71,8 @@ def _check_loaded(pipe: DiffusionPipeline) -> None:
             "`DiffusionPipeline.from_pretrained`, which picks the right class, if one of the supported "
             f"({', '.join(FAMILIES)})."
         )
+    require_all_parts(type(pipe), pipe.components)
+    flow_matching_config(pipe.scheduler.config)
 
 
 def load_pipeline(

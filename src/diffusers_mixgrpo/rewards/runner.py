@@ -74,7 +74,7 @@ class RewardRunner:
             Device to which rewards with a method `to` are moved. `None` does not move them.
         offload (`bool`, defaults to `False`):
             Move the rewards to `device` only while they score, and to the CPU afterwards.
-        trainer_state (`Callable`, *optional*):
+        state (`Callable`, *optional*):
             Gives the [`~transformers.TrainerState`] of the training at the time of a call.
 
     A reward whose signature names one of TRL's arguments gets it: `trainer_state`, the state (`None` without a
@@ -97,7 +97,7 @@ class RewardRunner:
         timeout: float | None = None,
         device: torch.device | str | None = None,
         offload: bool = False,
-        trainer_state: Callable[[], object] | None = None,
+        state: Callable[[], object] | None = None,
     ) -> None:
         self.funcs = list(funcs)
         self.names = reward_names(funcs)
@@ -107,7 +107,7 @@ class RewardRunner:
         if not offload:
             self._move(device)
         self.errors: dict[str, Exception] = {}
-        self._trainer_state = trainer_state
+        self._state = state
         self._accepted = {name: _accepted(func) for func, name in zip(self.funcs, self.names, strict=True)}
         self._logged: list[tuple[str, float]] = []
         self._batches: list[_Batch] = []
@@ -208,7 +208,7 @@ class RewardRunner:
 
     def _extra_arguments(self, name: str) -> dict[str, Any]:
         """Those of TRL's arguments that a reward takes."""
-        state = None if self._trainer_state is None else self._trainer_state()
+        state = None if self._state is None else self._state()
         extra = {"trainer_state": state, "log_metric": self._log_metric, "log_extra": _log_nothing}
         return {key: value for key, value in extra.items() if key in self._accepted[name]}
 
