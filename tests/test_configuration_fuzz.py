@@ -189,6 +189,7 @@ SCHEDULER_VALUES: dict[str, tuple[Any, ...]] = {
     "use_beta_sigmas": FLAG,
     "time_shift_type": ("exponential", "linear", "quadratic"),
     "stochastic_sampling": FLAG,
+    "use_flow_sigmas": (False, "unipc", "dpmsolver", True, "euler"),
     "sde_type": PLAUSIBLE["sde_type"],
     "eta": PLAUSIBLE["eta"],
     "window_start": (0, 1, 2, 100),

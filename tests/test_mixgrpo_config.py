@@ -10,6 +10,7 @@ from unittest.mock import MagicMock
 import accelerate.utils
 import numpy as np
 import pytest
+import torch
 import yaml
 from diffusers import DiffusionPipeline
 from transformers import TrainingArguments
@@ -424,6 +425,10 @@ def test_merge_lora_without_a_lora_is_refused_before_anything_is_loaded(tmp_path
             "`eval_reward_funcs` must have other names than `reward_funcs`, got .*:CountedReward in both",
         ),
         ({}, {"eval_reward_funcs": [3]}, TypeError, "`eval_reward_funcs` must be names or callables .* got 3"),
+        ({}, {"rewards": []}, ValueError, "`reward_funcs` must have at least one reward, got an empty list. Pass a"),
+        ({"eval_strategy": "steps"}, {}, ValueError, "`eval_strategy` must be 'no' without an `eval_dataset`, got"),
+        ({"eval_on_start": True}, {}, ValueError, "`eval_on_start` must be False without an `eval_dataset`, got True"),
+        ({}, {"model": torch.nn.Linear(1, 1)}, TypeError, r"`model` must be .* \(FluxPipeline\), got Linear"),
     ],
 )
 def test_arguments_of_the_trainer_are_checked_before_anything_is_loaded(
@@ -433,12 +438,18 @@ def test_arguments_of_the_trainer_are_checked_before_anything_is_loaded(
         train(make(tmp_path, **config), **kwargs)
 
 
-def test_the_reward_and_the_pipeline_would_have_been_loaded(tmp_path, monkeypatch):
-    # The other half of the tests above: with good arguments both are reached.
+def test_a_source_that_cannot_be_used_is_found_before_the_rewards_are_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(CountedReward, "instances", 0)
     with pytest.raises(FileNotFoundError, match="`model` must be a folder or a Hub repository"):
         train(make(tmp_path), model="./no/such/folder")
-    assert CountedReward.instances == 1
+    assert CountedReward.instances == 0
+
+
+def test_the_reward_and_the_pipeline_would_have_been_loaded(tmp_path, pipeline_folder, monkeypatch):
+    # The other half of the tests above: with good arguments both are reached.
+    monkeypatch.setattr(CountedReward, "instances", 0)
+    trainer = train(make(tmp_path, height=32, width=32), model=pipeline_folder)
+    assert CountedReward.instances == 1 and trainer.pipe.transformer is trainer.model
 
 
 # ---- Other ways to make a configuration ----

@@ -655,7 +655,7 @@ def test_errors_of_the_constructor(make):
     with pytest.raises(ValueError, match=r"`peft_config` must be None for a pipeline that has a LoRA.*\['default'\]"):
         make(pipe=pipe)
     pipe.scheduler = EulerDiscreteScheduler()
-    with pytest.raises(ValueError, match="may not be a flow velocity"):
+    with pytest.raises(ValueError, match="may not predict a velocity"):
         make(pipe=pipe, lora=False)
 
 

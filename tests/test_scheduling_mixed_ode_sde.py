@@ -801,12 +801,6 @@ def test_a_refused_window_changes_nothing():
     assert scheduler.window == range(0, 2) and scheduler.config.window_size == 2
 
 
-def test_compression_of_given_timesteps():
-    scheduler = MixedODESDEScheduler(window_size=1, suffix_ratio=0.5)
-    with pytest.raises(ValueError, match="`timesteps` must be None together with a `prefix_ratio`"):
-        scheduler.set_timesteps(timesteps=[900.0, 400.0, 100.0])
-
-
 def test_bad_steps():
     x = noise(1, 2, 2)
     scheduler = MixedODESDEScheduler(window_size=1)

@@ -726,8 +726,8 @@ class MixGRPOConfig(TrainingArguments):
         if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             raise ValueError(
                 "`gradient_checkpointing_kwargs` (or `activation_checkpointing_kwargs`) must have "
-                "use_reentrant=False, since the reentrant kind gives no gradient where a block's inputs need none, as with a LoRA, got "
-                f"{must_be.shown(checkpointing)}. Leave it out."
+                "use_reentrant=False, since the reentrant kind gives no gradient where a block's inputs need none, as "
+                f"with a LoRA, got {must_be.shown(checkpointing)}. Leave it out."
             )
         for name in ("split_batches", "dispatch_batches"):
             if value := getattr(self.accelerator_config, name):

@@ -21,7 +21,7 @@ from .core.advantages import normalize_weights
 from .mixgrpo_config import MixGRPOConfig
 from .policies import policy_class
 from .policies.base import require_multiple
-from .policies.loading import load_pipeline
+from .policies.loading import check_source, load_pipeline
 from .policies.preparation import check_prepared, place_components, prepare_pipeline, rename_gradient_checkpointing
 from .policies.prompt_embeds import cache_prompts
 from .reports.model_card import mixgrpo_model_card
@@ -68,8 +68,9 @@ class MixGRPOTrainer(SavingTrainer):
             `reward(prompts, images, **columns) -> list[float | None]`, called once per iteration with all images (PIL)
             and the other columns of the dataset, one entry per image. `None` means that an image could not be scored:
             it is left out of its group. An `async` function is called as soon as there are images, and runs while the
-            next ones are sampled. The name in the logs is the function's `__name__`. A `str` is a name, a path or a
-            Hub id as in [`~rewards.load_reward`].
+            next ones are sampled. One that names them in its signature also gets TRL's `trainer_state`,
+            `log_metric(name, value)` and `log_extra` (see [`~rewards.runner.RewardRunner`]). The name in the logs is
+            the function's `__name__`. A `str` is a name, a path or a Hub id as in [`~rewards.load_reward`].
         args ([`MixGRPOConfig`], *optional*):
             The configuration.
         train_dataset (`datasets.Dataset` or any sized, indexable collection of `dict`):
@@ -145,6 +146,7 @@ class MixGRPOTrainer(SavingTrainer):
         check_dataset("train_dataset", train_dataset)
         for name, part in evaluations(eval_dataset).items():
             check_dataset(name, part)
+        check_source(model, args)
 
         # 2. The rewards
         kwargs = args.reward_init_kwargs if isinstance(args.reward_init_kwargs, dict) else {}
@@ -152,7 +154,8 @@ class MixGRPOTrainer(SavingTrainer):
             [load_reward(f, **kwargs.get(f, {})) if isinstance(f, str) else f for f in given]
             for given in (funcs, eval_funcs)
         )
-        settings = args.reward_timeout, args.device, args.offload_rewards
+        # The Trainer replaces its state when training begins.
+        settings = args.reward_timeout, args.device, args.offload_rewards, lambda: self.state
         rewards = RewardRunner(self.reward_funcs, *settings)
         eval_rewards = RewardRunner(self.eval_reward_funcs, *settings) if eval_funcs else None
         eval_names = eval_rewards.names if eval_rewards is not None else []
@@ -283,6 +286,7 @@ class MixGRPOTrainer(SavingTrainer):
         with self.interruptions:
             try:
                 if self.train_dataset is not None:
+                    self.state.max_steps = self._count_steps(len(self.train_dataset))  # which rewards may look at
                     self.engine.try_rewards(self.train_dataset)
                     self.evaluator.try_rewards(self.train_dataset)
                 self._resumed_from = self._find_checkpoint(resume_from_checkpoint)
@@ -298,6 +302,14 @@ class MixGRPOTrainer(SavingTrainer):
                 if others is not None and isinstance(error, Exception):
                     raise RankError(others) from error
                 raise
+
+    def _count_steps(self, num_prompts: int) -> int:
+        """The optimizer steps of the run, as the Trainer will count them."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        sampler = PromptSampler.of_run(self.args, num_prompts, self.accelerator.num_processes, repeats=1)
+        steps_per_epoch = len(sampler) // sampler.prompts_per_iteration * self.args.optimizer_steps_per_iteration
+        return math.ceil(self.args.num_train_epochs * steps_per_epoch)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Overridden since the Trainer takes a step before it looks whether the run is finished already.
@@ -453,7 +465,8 @@ class MixGRPOTrainer(SavingTrainer):
             `dict[str, float]`: `eval_reward` (weighted mean over the rewards) and its standard error `eval_reward_se`,
             `eval_rewards/<name>/mean`, `.../std` and `.../failed` for each reward, means of the image statistics
             `eval_images/<name>` (see [`~training.image_statistics`]), and `eval_runtime` in seconds. Those of the
-            moving average are `eval_ema_reward`, .... For the trainer's own datasets `eval_alarms`, the number of
+            moving average are `eval_ema_reward`, .... `eval_nonfinite/images` counts images that were infinite or NaN,
+            which are left out. For the trainer's own datasets `eval_alarms`, the number of
             alarms of `hacking_guard`. Of a `dict` of datasets, those of each with its name (`eval_<dataset>_reward`),
             and the mean of `eval_reward` and of `eval_ema_reward` over the datasets.
         """

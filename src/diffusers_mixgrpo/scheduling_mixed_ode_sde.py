@@ -20,14 +20,18 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .argument_rules import SWITCH, any_of, check, choice, integer, number, only, optional
+from .core.scheduler_configs import flow_matching_config
 from .core.transitions import SDE_TYPES, SDEType, Transitions, gaussian_log_prob, predict_x0, sde_transition
 
 
+logger = logging.get_logger(__name__)
+
+FlowSigmas = Literal[False, "unipc", "dpmsolver"]
 ODESolver = Literal["euler", "dpmsolver++", "unipc"]
 SolverType = Literal["midpoint", "heun"]
 Generators = torch.Generator | list[torch.Generator]
@@ -65,6 +69,7 @@ SCHEDULER_RULES = {
     **dict.fromkeys(_SPACINGS, SWITCH),
     "time_shift_type": choice(["exponential", "linear"]),
     "stochastic_sampling": only(False, "it has no part in an ODE step"),
+    "use_flow_sigmas": any_of(only(False), choice(["unipc", "dpmsolver"])),
     "sde_type": choice(SDE_TYPES),
     "eta": number(LEAST_ETA, MOST_ETA),
     "window_start": integer(0),
@@ -123,6 +128,9 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
             As in [`FlowMatchEulerDiscreteScheduler`].
         invert_sigmas, stochastic_sampling (`bool`, defaults to `False`):
             Arguments of the parent that must stay `False`.
+        use_flow_sigmas (`False` or `str`, defaults to `False`):
+            Noise levels and timesteps where [`set_timesteps`] is given none: those of the parent, or those that
+            diffusers' `"unipc"` or `"dpmsolver"` schedulers have with `use_flow_sigmas=True`. [`from_config`] sets it.
         sde_type (`str`, defaults to `"flow"`):
             The transition inside the window: `"flow"`, `"dance"`, `"cps"` or `"dpm"`; see
             [`~core.transitions.sde_transition`].
@@ -172,6 +180,7 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         use_beta_sigmas: bool = False,
         time_shift_type: Literal["exponential", "linear"] = "exponential",
         stochastic_sampling: bool = False,
+        use_flow_sigmas: FlowSigmas = False,
         sde_type: SDEType = "flow",
         eta: float = 0.7,
         window_start: int = 0,
@@ -206,6 +215,19 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         self._schedule_arguments: dict | None = None
         self._solver: SchedulerMixin | None = None
         self._window_log_probs: list[Tensor] = []
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """
+        A scheduler from the configuration of any scheduler of flow matching: see
+        [`~core.scheduler_configs.flow_matching_config`].
+
+        Raises:
+            `ValueError`: If it is the configuration of a scheduler that is not of flow matching.
+        """
+        if isinstance(config, dict):
+            config = flow_matching_config(config)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property
     def window(self) -> range:
@@ -286,10 +308,11 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
             device (`str` or `torch.device`, *optional*): Where `timesteps` and `sigmas` live.
             sigmas (`list[float]`, *optional*): `T` noise levels before shifting; evenly spaced ones if `None`.
             mu (`float`, *optional*): The shift, with `use_dynamic_shifting`.
-            timesteps (`list[float]`, *optional*): `T` timesteps to use as given; not with compression.
+            timesteps (`list[float]`, *optional*): `T` timesteps that the model is given, in the place of those of the
+                noise levels. Compression interpolates them.
 
         Raises:
-            `ValueError`: If the window does not fit `T` steps, or `timesteps` come with compression.
+            `ValueError`: If the window does not fit `T` steps.
         """
         arguments: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
@@ -300,11 +323,9 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         # 1. Find the window, before anything is changed
         total = _requested_steps(**arguments)
         start, stop = _resolve_window(total, self.config.window_start, self.config.window_size)
-        if timesteps is not None and min(self.config.prefix_ratio, self.config.suffix_ratio) < 1:
-            raise ValueError(
-                "`timesteps` must be None together with a `prefix_ratio` or `suffix_ratio` "
-                "below 1: timesteps are used as given. Pass `sigmas` instead."
-            )
+        if self.config.use_flow_sigmas and sigmas is None and timesteps is None:
+            arguments["sigmas"] = self._flow_times(total)
+            arguments["timesteps"] = self._flow_timesteps(arguments["sigmas"], mu)
 
         # 2. The parent's schedule, compressed if need be: on the host, which then waits for no device
         super().set_timesteps(**arguments)
@@ -334,8 +355,11 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         arguments = self._schedule_arguments
         assert arguments is not None
         # 1. The times before shifting, of which the parent keeps no record
+        given = arguments["timesteps"]
         if arguments["sigmas"] is not None:
             times = np.asarray(arguments["sigmas"], dtype=np.float32)
+        elif given is not None:
+            times = np.asarray(given, dtype=np.float32) / self.config.num_train_timesteps
         else:
             bounds = self._sigma_to_t(self.sigma_max), self._sigma_to_t(self.sigma_min)
             times = np.linspace(*bounds, total) / self.config.num_train_timesteps
@@ -347,20 +371,44 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         new_times = np.interp(position, np.arange(total + 1), np.append(times, 0.0))
 
         # 3. Shift them like the rest, and the last old one with them: a stretch to `shift_terminal` goes by it
-        shifted = np.append(new_times, times[-1])
-        if self.config.use_dynamic_shifting:
-            shifted = self.time_shift(arguments["mu"], 1.0, shifted)
-        else:
-            shifted = self.shift * shifted / (1 + (self.shift - 1) * shifted)
-        if self.config.shift_terminal:
-            shifted = self.stretch_shift_to_terminal(shifted)
+        shifted = self._shifted(np.append(new_times, times[-1]), arguments["mu"])
 
         # 4. Steps that the two schedules share keep their noise level to the last bit
         old = self.sigmas.numpy()
         new = np.where(position % 1 == 0, old[position.astype(int)], shifted[:-1]).astype(np.float32)
         self.sigmas = torch.from_numpy(np.append(new, np.float32(0)))
         self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+        if given is not None:
+            between = np.interp(position, np.arange(total + 1), np.append(np.asarray(given, dtype=np.float32), 0.0))
+            if self.config.use_flow_sigmas:
+                exact = between[position % 1 == 0]
+                between = self._cut_off(shifted[:-1])
+                between[position % 1 == 0] = exact
+            self.timesteps = torch.from_numpy(between.astype(np.float32))
         self.num_inference_steps = len(self.timesteps)
+
+    def _shifted(self, times: np.ndarray, mu: float | None) -> np.ndarray:
+        """The noise levels of times before shifting, as the parent has them."""
+        if self.config.use_dynamic_shifting:
+            times = self.time_shift(mu, 1.0, times)
+        else:
+            times = self.shift * times / (1 + (self.shift - 1) * times)
+        return self.stretch_shift_to_terminal(times) if self.config.shift_terminal else times
+
+    def _flow_times(self, total: int) -> np.ndarray:
+        """The times before shifting of diffusers' multistep schedulers: UniPC's begin at 1, the others below it."""
+        least = 1 / self.config.num_train_timesteps
+        times = np.linspace(1, least, total + 1)[:-1]
+        return times if self.config.use_flow_sigmas == "unipc" else (1 - least) * np.linspace(1, 0, total + 1)[:-1]
+
+    def _flow_timesteps(self, times: np.ndarray, mu: float | None) -> np.ndarray:
+        if self.config.use_dynamic_shifting and mu is None:
+            raise ValueError("`mu` must be a number with `use_dynamic_shifting=True`, got None. Pass it.")
+        return self._cut_off(self._shifted(times, mu))
+
+    def _cut_off(self, sigmas: np.ndarray) -> np.ndarray:
+        """Timesteps as the multistep schedulers have them: integers, from noise levels of a millionth below 1."""
+        return np.trunc(np.minimum(sigmas, 1 - 1e-6) * self.config.num_train_timesteps)
 
     def transition(self, model_output: Tensor, sample: Tensor, step_index: int | Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -409,7 +457,11 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         mean, std_dev = self.transition(model_output, sample, step_index)
         return gaussian_log_prob(prev_sample, mean, std_dev)
 
-    def step(  # without churn and per-token timesteps, which have no transition to report
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """The sample itself, for pipelines (such as Bria) that call this on all but the parent class."""
+        return sample
+
+    def step(  # without churn, which has no transition to report
         self,
         model_output: Tensor,
         timestep: float | Tensor,
@@ -417,6 +469,7 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         generator: Generators | None = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
+        per_token_timesteps: Tensor | None = None,
     ) -> MixedODESDESchedulerOutput | tuple:
         """
         One step of the schedule: stochastic inside the window, deterministic outside.
@@ -430,23 +483,36 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
             variance_noise (`torch.Tensor` of the shape of `sample`, *optional*):
                 Standard normal noise to use instead of a generator.
             return_dict (`bool`, defaults to `True`): Whether to return a [`MixedODESDESchedulerOutput`] or a tuple.
+            per_token_timesteps (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
+                A timestep for each token, as in the parent (LTXCondition). Only with `window_size=0` and
+                `ode_solver="euler"`, since such a step has no single transition.
 
         Returns:
             [`MixedODESDESchedulerOutput`] or a tuple of its five values.
 
         Raises:
-            `ValueError`: For an integer timestep, noise of another shape, or a schedule that is not set.
+            `ValueError`: For an integer timestep, noise of another shape, a schedule that is not set, or timesteps per
+                token with a window or another solver.
         """
         # 1. Find the step
         self._check_step(timestep, sample, variance_noise)
         if self.step_index is None:
             self._init_step_index(timestep)
             self._window_log_probs = []
+            self._warn_of_steps_left_out()
         index = self.step_index
-        pred_original_sample = predict_x0(model_output, sample, self.sigmas[index])
+        sigma = self.sigmas[index]
+        if per_token_timesteps is not None:
+            self._check_per_token()
+            sigma = (per_token_timesteps / self.config.num_train_timesteps)[..., None]
+        pred_original_sample = predict_x0(model_output, sample, sigma)
 
         # 2. Take it
-        if not self.is_sde_step(index):
+        if per_token_timesteps is not None:
+            token_step = super().step(model_output, timestep, sample, per_token_timesteps=per_token_timesteps)
+            prev_sample = token_step.prev_sample
+            log_prob, mean, std_dev = None, prev_sample, torch.zeros((), device=sample.device)
+        elif not self.is_sde_step(index):
             prev_sample = self._ode_step(model_output, timestep, sample)
             log_prob, mean, std_dev = None, prev_sample, torch.zeros((), device=sample.device)
         else:
@@ -535,6 +601,8 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         if len(spacings) > 1:
             raise ValueError(f"`{spacings[1]}` must be False with {spacings[0]}=True, got True. Choose one of them.")
         for name in spacings:
+            if config.use_flow_sigmas:
+                raise ValueError(f"`{name}` must be False with use_flow_sigmas={config.use_flow_sigmas!r}, got True.")
             if min(config.prefix_ratio, config.suffix_ratio) < 1:
                 raise ValueError(f"`{name}` must be False with `prefix_ratio` or `suffix_ratio` below 1, got True.")
 
@@ -562,6 +630,25 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
             f"window, got {sigmas.tolist()[:8]}... from {', '.join(f'{k}={v!r}' for k, v in arguments.items())}. Take "
             "fewer steps, a shift closer to 1, or a larger `eta`."
         )
+
+    def _check_per_token(self) -> None:
+        if self._window or self._solver is not None:
+            raise ValueError(
+                "`per_token_timesteps` must be None with a window or a multistep solver, since such a step has no "
+                f"single transition, got one for each token with window_size={self.config.window_size!r} and "
+                f"ode_solver={self.config.ode_solver!r}. Use window_size=0 and ode_solver='euler'."
+            )
+
+    def _warn_of_steps_left_out(self) -> None:
+        """Say so if a run begins after the window does, as that of an image-to-image pipeline with its `strength`."""
+        first, window = self.step_index, self._window
+        if window and first > window.start:
+            left_out = min(first, window.stop) - window.start
+            logger.warning(
+                f"The run begins at step {first} of {len(self.timesteps)}, so {left_out} of the window's {len(window)}"
+                f" stochastic steps ({window.start} to {window.stop - 1}) are not run and have no log-prob. Raise the "
+                "pipeline's `strength`, or move the window with `set_window`."
+            )
 
     def _check_step_index(self, step_index: int | Tensor) -> None:
         last = len(self.sigmas) - 3

@@ -6,11 +6,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
-from helpers import logged, small_config, trained
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+)
+from helpers import logged, make_trainer, small_config, trained
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from diffusers_mixgrpo.policies.loading import load_pipeline, make_quantization
+from diffusers_mixgrpo.policies.loading import check_source, load_pipeline, make_quantization
 
 
 INT8 = {
@@ -66,6 +75,106 @@ def test_a_pipeline_of_another_family(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
     with pytest.raises(TypeError, match="`model` must be one of the supported diffusers pipelines .*got DiTPipeline"):
         load(tmp_path, tmp_path)
+
+
+# ---- What is found before weights are loaded ----
+
+
+@pytest.fixture(scope="session")
+def sd3_folder(shared_pipe, tmp_path_factory):
+    """A miniature SD3 with random weights."""
+    config = shared_pipe.text_encoder.config.to_dict() | {"projection_dim": 32}
+    clip = CLIPTextModelWithProjection(CLIPTextConfig(**config))
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        pooled_projection_dim=64,
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=shared_pipe.vae,
+        text_encoder=clip,
+        tokenizer=shared_pipe.tokenizer,
+        text_encoder_2=clip,
+        tokenizer_2=shared_pipe.tokenizer,
+        text_encoder_3=shared_pipe.text_encoder_2,
+        tokenizer_3=shared_pipe.tokenizer_2,
+    )
+    folder = tmp_path_factory.mktemp("sd3")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails a test in which the weights of a pipeline are loaded."""
+
+    def touched(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", touched)
+
+
+def test_the_folder_of_another_family(tmp_path, sd3_folder, no_weights):
+    with pytest.raises(TypeError, match=r"`model` must be .*pipelines \(FluxPipeline\), got StableDiffusion3Pipeline"):
+        check_source(sd3_folder, small_config(tmp_path))
+    with pytest.raises(TypeError, match="got StableDiffusion3Pipeline"):
+        make_trainer(tmp_path, pipe=str(sd3_folder), rewards="no_such_module:reward")
+
+
+def test_another_family_loaded_by_the_wrong_class(tmp_path, sd3_folder):
+    """diffusers does so with no more than a line in the log, and the first rollout died of it."""
+    pipe = FluxPipeline.from_pretrained(sd3_folder)
+    message = (
+        "`model` must have a transformer of its own family, FluxTransformer2DModel, got a FluxPipeline with a SD3"
+    )
+    with pytest.raises(TypeError, match=message):
+        make_trainer(tmp_path, pipe=pipe, rewards="no_such_module:reward")
+
+
+def test_parts_that_are_left_out(tmp_path, pipeline_folder, no_weights):
+    settings = small_config(tmp_path, model_init_kwargs={"text_encoder_2": None})
+    with pytest.raises(ValueError, match="got None as its text_encoder_2. Load it without `text_encoder_2=None`"):
+        check_source(pipeline_folder, settings)
+
+
+def test_parts_that_a_folder_has_not(tmp_path, shared_pipe, no_weights):
+    parts = dict(shared_pipe.components, text_encoder=None)
+    FluxPipeline(**parts).save_pretrained(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="got None as its text_encoder. "):
+        check_source(tmp_path / "pipe", small_config(tmp_path))
+    settings = small_config(tmp_path, model_init_kwargs={"text_encoder": shared_pipe.text_encoder})
+    check_source(tmp_path / "pipe", settings)
+
+
+def test_the_scheduler_of_a_folder(tmp_path, shared_pipe, pipeline_folder, no_weights):
+    check_source(pipeline_folder, small_config(tmp_path))
+    parts = dict(shared_pipe.components, scheduler=DDIMScheduler(prediction_type="v_prediction"))
+    FluxPipeline(**parts).save_pretrained(tmp_path / "pipe")
+    with pytest.raises(
+        ValueError, match="`scheduler` must be one of flow matching, got DDIMScheduler with prediction_"
+    ):
+        check_source(tmp_path / "pipe", small_config(tmp_path))
+    check_source(tmp_path / "pipe", small_config(tmp_path, model_init_kwargs={"scheduler": shared_pipe.scheduler}))
+
+
+def test_a_multistep_scheduler_of_flow_matching_is_trained_with_its_shift(tmp_path, tiny_pipe):
+    tiny_pipe.scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    trainer = make_trainer(tmp_path, pipe=tiny_pipe, max_steps=2)
+    assert trainer.engine.scheduler.config.shift == 5.0
+    trainer.train()
+    tiny_pipe.scheduler.set_timesteps(5)
+    assert trainer.rollout.trajectory.transitions.timesteps.tolist() == tiny_pipe.scheduler.timesteps[:2].tolist()
 
 
 def test_the_revision_is_also_that_of_the_configuration(tmp_path, monkeypatch):

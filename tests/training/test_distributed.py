@@ -20,8 +20,11 @@ from helpers import PROMPTS, make_trainer, once, redness
 TESTS = Path(__file__).parents[1]
 
 
-def greenness(prompts, images, **columns):
-    return [-score for score in redness(prompts, images)]
+def greenness(prompts, images, log_metric, **columns):
+    scores = [-score for score in redness(prompts, images)]
+    for score in scores:
+        log_metric("green", score)  # a mean over the images of both processes
+    return scores
 
 
 # Five prompts, which two processes do not share evenly
@@ -58,6 +61,8 @@ def test_both_processes_train_one_policy_on_images_of_their_own(records):
 def test_evaluations_do_not_depend_on_the_number_of_processes(records, tmp_path):
     trainer = make_trainer(tmp_path, **EVALUATED)
     expected = trainer.evaluate()
+    green = [record["before training"]["eval_green"] for record in records]
+    assert green[0] == green[1] == pytest.approx(expected["eval_green"], abs=0.01)
     for record in records:
         assert record["before training"].keys() | {"eval_runtime"} == expected.keys()
         for name, value in record["before training"].items():

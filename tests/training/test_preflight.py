@@ -148,7 +148,8 @@ def test_memory_of_the_optimizer(make, optim, copies):
 
 
 def test_an_optimizer_that_cannot_be_tried_is_unknown(make):
-    trainer = make(optim_target_modules=["to_q"])
+    trainer = make()
+    trainer.args.optim_target_modules = ["to_q"]
     trainer.args.optim = "galore_adamw"  # which the configuration refuses where its package is missing
     report = trainer.preflight()
     assert report.memory["optimizer"] is report.memory_peak is None

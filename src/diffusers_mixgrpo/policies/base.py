@@ -6,18 +6,18 @@ a rollout without a window is the stock pipeline's image bit for bit.
 """
 
 import abc
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.policy import Conditioning
+from ..core.scheduler_configs import flow_matching_config
 
 
 class PipelinePolicy(abc.ABC):
@@ -37,7 +37,7 @@ class PipelinePolicy(abc.ABC):
 
     Raises:
         `TypeError`: If `pipe` is of another class.
-        `ValueError`: If the pipeline's scheduler does not expect a flow velocity, one of its models is missing, or an
+        `ValueError`: If the pipeline's scheduler is not one of flow matching, one of its models is missing, or an
             argument is out of range.
     """
 
@@ -72,8 +72,8 @@ class PipelinePolicy(abc.ABC):
     ) -> None:
         if not isinstance(pipe, self.pipeline_class):
             raise TypeError(f"`pipe` must be a {self.pipeline_class.__name__}, got {type(pipe).__name__}.")
-        _require_all_parts(pipe, self.optional_parts)
-        _require_flow_velocity(pipe.scheduler)
+        require_all_parts(type(pipe), pipe.components, self.optional_parts)
+        flow_matching_config(pipe.scheduler.config)
         self.pipe = pipe
         self.height = self.default_size if height is None else height
         self.width = self.default_size if width is None else width
@@ -258,33 +258,20 @@ class PipelinePolicy(abc.ABC):
         return images
 
 
-def _require_all_parts(pipe: DiffusionPipeline, optional_parts: Sequence[str]) -> None:
-    optional = [*pipe._optional_components, *optional_parts]
-    missing = [name for name, part in pipe.components.items() if part is None and name not in optional]
+def require_all_parts(
+    pipeline_class: type[DiffusionPipeline], parts: Mapping[str, Any], optional_parts: Sequence[str] = ()
+) -> None:
+    """
+    Raise a `ValueError` if a part that is not optional is left out: `None`, or the `[None, None]` of a saved pipeline.
+    """
+    optional = [*pipeline_class._optional_components, *optional_parts]
+    missing = [name for name, part in parts.items() if part in (None, [None, None]) and name not in optional]
     if missing:
         raise ValueError(
             f"`model` must be a pipeline with all of its parts, got None as its {', '.join(missing)}. Load it without "
             f"`{missing[0]}=None`, or set `pipe.{missing[0]}`. To take models off the device, use "
             "`cache_prompt_embeds=True` and `offload_vae=True`."
         )
-
-
-def _require_flow_velocity(scheduler: SchedulerMixin) -> None:
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return
-    raise ValueError(
-        f"`pipe.scheduler` must be a FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__} "
-        f"(prediction_type={scheduler.config.get('prediction_type')!r}): the transformer's prediction may not be a "
-        "flow velocity (noise - image), or its timestep shift is kept elsewhere. If the model does predict "
-        "velocities, set `pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=..., use_dynamic_shifting=...)`."
-    )
-
-
-def cache_context(transformer: nn.Module, name: str) -> contextlib.AbstractContextManager[None]:
-    """The context in which diffusers' caches keep the passes of `name` apart from others, for models that have one."""
-    if hasattr(transformer, "cache_context"):
-        return transformer.cache_context(name)
-    return contextlib.nullcontext()
 
 
 def require_multiple(name: str, size: int, multiple: int) -> None:

@@ -1,18 +1,21 @@
 """Loading a pipeline of a supported family: its class, its precision, quantized parts."""
 
+import inspect
 import os
 import typing
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as DIFFUSERS_CONFIGS
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as TRANSFORMERS_CONFIGS
 
+from ..core.scheduler_configs import flow_matching_config
 from ..mixgrpo_config import MixGRPOConfig
-from . import policy_class
+from . import FAMILIES, policy_class
+from .base import require_all_parts
 
 
 # Arguments of `from_pretrained` that also say where the pipeline's configuration is
@@ -22,6 +25,54 @@ NO_FULL_FINE_TUNING = (
     "quantized weights cannot be trained themselves, since they hold too few bits for a small step. Train a LoRA on "
     "them with `peft_config`, or load the transformer without quantization."
 )
+
+
+def check_source(model: DiffusionPipeline | str | os.PathLike, settings: MixGRPOConfig) -> None:
+    """
+    Check that a pipeline can be trained, from its small files alone if it is not loaded yet.
+
+    Args:
+        model ([`~diffusers.DiffusionPipeline`] or `str` or `os.PathLike`): As in [`load_pipeline`].
+        settings ([`MixGRPOConfig`]): The configuration.
+
+    Raises:
+        `FileNotFoundError`: If there is no such folder or repository, or it cannot be read.
+        `TypeError`: If the pipeline's family is not supported, or its transformer is one of another family.
+        `ValueError`: If one of its models is left out, or its scheduler is not one of flow matching.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        _check_loaded(model)
+        return
+    name = os.path.expanduser(os.fspath(model))
+    init_kwargs, hub_kwargs = _init_kwargs(settings)
+    config = _pipeline_config(name, hub_kwargs)
+    policy = policy_class(_class_name(config))
+    pipeline_class = policy.pipeline_class
+    expected = inspect.signature(pipeline_class.__init__).parameters
+    parts = {part: value for part, value in (config | init_kwargs).items() if part in expected}
+    require_all_parts(pipeline_class, parts, policy.optional_parts)
+    if "scheduler" not in init_kwargs:
+        try:
+            scheduler = FlowMatchEulerDiscreteScheduler.load_config(name, subfolder="scheduler", **hub_kwargs)
+        except OSError as error:
+            raise _not_loaded(name, error) from error
+        flow_matching_config(scheduler)
+
+
+def _check_loaded(pipe: DiffusionPipeline) -> None:
+    # `FluxPipeline.from_pretrained` gives a FluxPipeline of any family's parts, with a line in the log.
+    policy = policy_class(type(pipe).__name__)
+    kinds = policy.pipeline_class._get_signature_types()["transformer"]
+    transformer = getattr(pipe.transformer, "_orig_mod", pipe.transformer)
+    if transformer is not None and not isinstance(transformer, kinds):
+        raise TypeError(
+            f"`model` must have a transformer of its own family, {kinds[0].__name__}, got a {type(pipe).__name__} "
+            f"with a {type(transformer).__name__}. It was loaded from weights of another family: load them with "
+            "`DiffusionPipeline.from_pretrained`, which picks the right class, if one of the supported "
+            f"({', '.join(FAMILIES)})."
+        )
+    require_all_parts(type(pipe), pipe.components, policy.optional_parts)
+    flow_matching_config(pipe.scheduler.config)
 
 
 def load_pipeline(
@@ -54,9 +105,8 @@ def load_pipeline(
 
 
 def _load(name: str, settings: MixGRPOConfig, with_lora: bool) -> DiffusionPipeline:
-    init_kwargs = settings.model_init_kwargs if isinstance(settings.model_init_kwargs, dict) else {}
-    hub_kwargs = {key: init_kwargs[key] for key in _HUB_ARGUMENTS if key in init_kwargs}
-    pipeline_class = policy_class(_pipeline_class_name(name, hub_kwargs)).pipeline_class
+    init_kwargs, hub_kwargs = _init_kwargs(settings)
+    pipeline_class = policy_class(_class_name(_pipeline_config(name, hub_kwargs))).pipeline_class
     half = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else torch.float32
     kwargs: dict[str, Any] = {"torch_dtype": half}
     if not with_lora:
@@ -74,8 +124,19 @@ def _load(name: str, settings: MixGRPOConfig, with_lora: bool) -> DiffusionPipel
         raise _not_loaded(name, error) from error
 
 
-def _pipeline_class_name(name: str, hub_kwargs: dict[str, Any]) -> str:
-    """The class that a pipeline's `model_index.json` names, without loading its models."""
+def _init_kwargs(settings: MixGRPOConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of `from_pretrained`, and those that say where the configuration is."""
+    init_kwargs = settings.model_init_kwargs if isinstance(settings.model_init_kwargs, dict) else {}
+    return init_kwargs, {key: init_kwargs[key] for key in _HUB_ARGUMENTS if key in init_kwargs}
+
+
+def _class_name(config: dict[str, Any]) -> str:
+    name = config["_class_name"]
+    return name if isinstance(name, str) else name[-1]  # a custom pipeline has its file before it
+
+
+def _pipeline_config(name: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline's `model_index.json`, without loading its models."""
     is_folder = os.path.isdir(name)
     if is_folder and not os.path.isfile(os.path.join(name, "model_index.json")):
         raise FileNotFoundError(
@@ -88,7 +149,7 @@ def _pipeline_class_name(name: str, hub_kwargs: dict[str, Any]) -> str:
             f"Check the path (the working directory is {os.getcwd()})."
         )
     try:
-        return DiffusionPipeline.load_config(name, **hub_kwargs)["_class_name"]
+        return DiffusionPipeline.load_config(name, **hub_kwargs)
     except OSError as error:
         raise _not_loaded(name, error) from error
 

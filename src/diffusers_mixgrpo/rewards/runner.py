@@ -24,6 +24,7 @@ Scores = Sequence[float | None]
 RewardFunc = Callable[..., Scores | Coroutine[Any, Any, Scores]]
 T = TypeVar("T")
 MAX_STUCK_THREADS = 4  # of one reward, whose calls outlasted the timeout and still run
+TRL_ARGUMENTS = ("trainer_state", "log_metric", "log_extra")
 _ANSWER_SECONDS = 0.5  # a free event loop takes microseconds
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,13 @@ class RewardRunner:
             Device to which rewards with a method `to` are moved. `None` does not move them.
         offload (`bool`, defaults to `False`):
             Move the rewards to `device` only while they score, and to the CPU afterwards.
+        state (`Callable`, *optional*):
+            Gives the [`~transformers.TrainerState`] of the training at the time of a call.
+
+    A reward whose signature names one of TRL's arguments gets it: `trainer_state`, the state (`None` without a
+    training); `log_metric(name, value)`, which adds a number to the metrics of [`RewardRunner.pop_metrics`];
+    `log_extra(column, values)`, which does nothing here: TRL adds a column to its table of completions, and the logged
+    images have none.
 
     Attributes:
         funcs (`list` of reward functions): The reward functions.
@@ -89,6 +97,7 @@ class RewardRunner:
         timeout: float | None = None,
         device: torch.device | str | None = None,
         offload: bool = False,
+        state: Callable[[], object] | None = None,
     ) -> None:
         self.funcs = list(funcs)
         self.names = reward_names(funcs)
@@ -98,6 +107,9 @@ class RewardRunner:
         if not offload:
             self._move(device)
         self.errors: dict[str, Exception] = {}
+        self._state = state
+        self._accepted = {name: _accepted(func) for func, name in zip(self.funcs, self.names, strict=True)}
+        self._logged: list[tuple[str, float]] = []
         self._batches: list[_Batch] = []
         self._loops: dict[str, _EventLoop] = {}
         self._abandoned: defaultdict[str, list[threading.Thread]] = defaultdict(list)
@@ -115,7 +127,8 @@ class RewardRunner:
         pending = {}
         for func, name in zip(self.funcs, self.names, strict=True):
             if _is_async(func):
-                pending[name] = self._submit(func, name, prompts=prompts, images=list(images), **columns)
+                kwargs = columns | self._extra_arguments(name)
+                pending[name] = self._submit(func, name, prompts=prompts, images=list(images), **kwargs)
         self._batches.append(_Batch(prompts, list(images), columns, pending))
 
     def finish(self) -> torch.Tensor:
@@ -162,6 +175,21 @@ class RewardRunner:
         rows = [dict(dataset[i % len(dataset)]) for i in range(2)]
         self.start(rows, [Image.new("RGB", size, "gray") for _ in rows])
         check_failures(self.finish(), self.names, limit=None, errors=self.errors)
+        self._logged.clear()
+
+    def pop_metrics(self) -> dict[str, float]:
+        """
+        The mean of each metric that rewards have logged since the previous call, over their calls on all ranks.
+
+        All ranks must call this.
+        """
+        logged, self._logged = self._logged, []
+        if not any("log_metric" in accepted for accepted in self._accepted.values()):
+            return {}
+        values: dict[str, list[float]] = {}
+        for name, value in (pair for pairs in _gather(logged) for pair in pairs):
+            values.setdefault(name, []).append(value)
+        return {name: sum(numbers) / len(numbers) for name, numbers in sorted(values.items())}
 
     def all_errors(self) -> Mapping[str, Exception | str]:
         """The last error of each reward that has one on any rank. All ranks must call this method."""
@@ -176,6 +204,18 @@ class RewardRunner:
             for call in batch.pending.values():
                 call.cancel()
         self._batches.clear()
+        self._logged.clear()
+
+    def _extra_arguments(self, name: str) -> dict[str, Any]:
+        """Those of TRL's arguments that a reward takes."""
+        state = None if self._state is None else self._state()
+        extra = {"trainer_state": state, "log_metric": self._log_metric, "log_extra": _log_nothing}
+        return {key: value for key, value in extra.items() if key in self._accepted[name]}
+
+    def _log_metric(self, name: str, value: float) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"`log_metric` must get a name and a number, got {name!r}.")
+        self._logged.append((name, float(value)))
 
     def _move(self, device: torch.device | str | None) -> None:
         if device is None:
@@ -217,7 +257,8 @@ class RewardRunner:
     ) -> list[float]:
         """The scores of a sync reward: in one call, or image by image if that call raises."""
         try:
-            scores = self._call_within(func, name, prompts=prompts, images=images, **columns)
+            kwargs = columns | self._extra_arguments(name)
+            scores = self._call_within(func, name, prompts=prompts, images=images, **kwargs)
         except Exception as error:
             self._note(name, error)
             if len(images) == 1 or isinstance(error, TimeoutError):
@@ -350,6 +391,21 @@ async def _outcome(func: RewardFunc, kwargs: dict[str, Any], timeout: float | No
 def _gather(value: T) -> list[T]:
     """The value of each rank."""
     return gather_object([value]) if PartialState().num_processes > 1 else [value]
+
+
+def _accepted(func: RewardFunc) -> set[str]:
+    """
+    Those of TRL's arguments that a reward's signature names. With `**columns` alone it gets none of them, since it may
+    pass on what it gets, as a remote reward does.
+    """
+    try:
+        return {name for name in TRL_ARGUMENTS if name in inspect.signature(func).parameters}
+    except (TypeError, ValueError):  # of a builtin
+        return set()
+
+
+def _log_nothing(column: str, values: Sequence[Any]) -> None:
+    pass
 
 
 def _is_async(func: RewardFunc) -> bool:

@@ -5,11 +5,12 @@ from typing import Any
 
 import datasets
 
+from ..rewards.runner import TRL_ARGUMENTS
 from .plan import PromptDataset
 
 
 # Names of the rewards' other arguments
-RESERVED_COLUMNS = ("prompts", "images")
+RESERVED_COLUMNS = ("prompts", "images", *TRL_ARGUMENTS)
 
 
 def evaluations(eval_dataset: Any) -> dict[str, PromptDataset]:
@@ -102,8 +103,8 @@ def _check_columns(name: str, columns: Iterable[str]) -> None:
     for column in columns:
         if column in RESERVED_COLUMNS:
             raise ValueError(
-                f"`{name}` must not have a column {column!r}, since rewards get the {column} of a batch under this "
-                f"name, got {list(columns)}. Rename it, for example with "
+                f"`{name}` must not have a column {column!r}, since rewards get something else under this name, "
+                f"got {list(columns)}. Rename it, for example with "
                 f"`dataset.rename_column({column!r}, 'dataset_{column}')`."
             )
         if not isinstance(column, str):

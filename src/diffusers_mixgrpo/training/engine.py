@@ -25,6 +25,7 @@ from diffusers import SchedulerMixin
 from diffusers.training_utils import offload_models
 from PIL import Image
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..core.advantages import combine_rewards, compute_advantages, keep_extremes, normalize_weights, scored_std
 from ..core.objectives import (
@@ -47,6 +48,9 @@ from ..scheduling_mixed_ode_sde import MixedODESDEScheduler
 from .phase_timer import PhaseTimer
 from .plan import IterationPlan, PromptDataset, Row, draw_order, plan_iteration
 from .progress import Progress
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -328,7 +332,10 @@ class Engine:
         reference_means = self.reference_means(plan, trajectory, transformer)
         with self.timer.phase("reward"):
             rewards = self.rewards.finish()
-        return self.compare(plan, trajectory, images, rewards, reference_means, torch.cat(finite))
+            logged = self.rewards.pop_metrics()
+        rollout = self.compare(plan, trajectory, images, rewards, reference_means, torch.cat(finite))
+        rollout.statistics = with_logged(rollout.statistics, logged)
+        return rollout
 
     def restore(self, plan: IterationPlan, saved: dict[str, Any]) -> Rollout | None:
         """
@@ -631,6 +638,16 @@ class Engine:
 def image_rows(plan: IterationPlan, num_generations: int) -> list[Row]:
     """The dataset row of each image of an iteration on this rank."""
     return [row for row in plan.rows for _ in range(num_generations)]
+
+
+def with_logged(statistics: dict[str, float], logged: dict[str, float]) -> dict[str, float]:
+    """Statistics with the metrics that rewards have logged, except for those that have the name of one of them."""
+    if common := sorted(statistics.keys() & logged.keys()):
+        logger.warning_once(
+            f"Rewards logged the metrics {', '.join(common)}, whose names are taken. They are left out: call "
+            "`log_metric` with other names."
+        )
+    return logged | statistics
 
 
 def make_scheduler(

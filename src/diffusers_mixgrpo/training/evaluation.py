@@ -2,21 +2,25 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..core.advantages import combine_rewards
 from ..core.rollout import sample_trajectories
 from ..rewards.runner import RewardRunner, reward_statistics, statistics_by_reward
-from .engine import Engine, make_scheduler
+from .engine import Engine, make_scheduler, with_logged
 from .hacking_guard import IMAGES, REWARD, UNTRAINED
 from .image_statistics import downsample, image_statistics, spread
+from .nonfinite import NonFiniteError
 from .plan import PromptDataset, Row
 
+
+logger = logging.get_logger(__name__)
 
 MAX_PAIRS = 16  # prompts with a second image
 
@@ -83,28 +87,48 @@ class Evaluator:
         Rewards and statistics of the deterministic sampler's images of `n` prompts. Ranks share the prompts evenly.
 
         The first prompts, at most `MAX_PAIRS`, have a second image for the statistic `spread`, which is not scored.
+        Images that are infinite or NaN are reported with their prompts, and left out as images without a score.
 
         Args:
             dataset ([`PromptDataset`] of length `n`): The prompts. Prompt `i` is sampled with seed `eval_seed + i`,
                 and its second image with `eval_seed + n + i`.
             transformer (`torch.nn.Module`, *optional*): The module to call instead of the policy's own transformer.
+
+        Raises:
+            [`NonFiniteError`]: On all ranks, if no image is finite.
         """
         count = len(dataset)
         seed = self.settings.eval_seed
         scores = []
         pixels = []
-        for rows, images in self._share_of_images(dataset, range(seed, seed + count), transformer):
-            scores.append(self._scores(rows, images))
+        finite = []
+        for rows, images, are_finite in self._share_of_images(dataset, range(seed, seed + count), transformer):
+            scores.append(self._scores(rows, images, are_finite))
             pixels.append(torch.from_numpy(downsample(images)))
+            finite.append(are_finite)
         pairs = min(count, MAX_PAIRS)
-        seconds = self._share_of_images(dataset, range(seed + count, seed + count + pairs), transformer)
-        other_pixels = [torch.from_numpy(downsample(images)) for _, images in seconds]
+        seconds = list(self._share_of_images(dataset, range(seed + count, seed + count + pairs), transformer))
+        other_pixels = [torch.from_numpy(downsample(images)) for _, images, _ in seconds]
+        other_finite = self.engine.gather(torch.cat([are_finite for _, _, are_finite in seconds]))[:pairs]
+        all_finite = self.engine.gather(torch.cat(finite))[:count]
+        if not all_finite.any():
+            raise NonFiniteError(
+                f"All {count} images of the evaluation are infinite or NaN: the weights, or their precision, are "
+                "broken. Resume from an earlier checkpoint with a lower `learning_rate`, or use bf16 or float32."
+            )
 
         everyone = self.engine.gather(torch.cat(scores))[:count].movedim(0, 1)
         small = self.engine.gather(torch.cat(pixels))[:count].numpy()
         statistics = image_statistics(small)
         statistics["spread"] = spread(small[:pairs], self.engine.gather(torch.cat(other_pixels))[:pairs].numpy())
-        return self._evaluation(everyone, {name: torch.from_numpy(values) for name, values in statistics.items()})
+        series = {name: torch.from_numpy(values) for name, values in statistics.items()}
+        for name, values in series.items():
+            counts = all_finite[:pairs] & other_finite if name == "spread" else all_finite
+            series[name] = values.masked_fill(~counts, math.nan)
+        evaluation = self._evaluation(everyone, series)
+        logged = {name: value for runner in self._runners for name, value in runner.pop_metrics().items()}
+        own = evaluation.statistics | {"nonfinite/images": int((~all_finite).sum())}
+        return replace(evaluation, statistics=with_logged(own, logged))
 
     def sample(
         self, rows: Sequence[Row], seeds: Sequence[int], transformer: nn.Module | None = None
@@ -126,18 +150,19 @@ class Evaluator:
         in_rollout = settings.sample_batch_size or settings.prompts_per_iteration * settings.num_generations
         images: list[Image.Image] = []
         scores = []
-        for some_rows, some_images in self._share_of_images(rows, seeds, transformer, in_rollout):
+        for some_rows, some_images, are_finite in self._share_of_images(rows, seeds, transformer, in_rollout):
             images += some_images
-            scores.append(self._scores(some_rows, some_images))
+            scores.append(self._scores(some_rows, some_images, are_finite))
         if self.engine.accelerator.num_processes > 1:
             images = gather_object(images)
         return images[: len(rows)], self.engine.gather(torch.cat(scores))[: len(rows)].movedim(0, 1)
 
-    def _scores(self, rows: list[Row], images: list[Image.Image]) -> Tensor:
-        """The scores of `n` images by all rewards, of shape `(n, K)`."""
+    def _scores(self, rows: list[Row], images: list[Image.Image], are_finite: Tensor) -> Tensor:
+        """The scores of `n` images by all rewards, of shape `(n, K)`, NaN where an image is not finite."""
         for runner in self._runners:
             runner.start(rows, images)
-        return torch.cat([runner.finish() for runner in self._runners]).movedim(1, 0)
+        scores = torch.cat([runner.finish() for runner in self._runners]).movedim(1, 0)
+        return scores.masked_fill(~are_finite[:, None], math.nan)
 
     def _share_of_images(
         self,
@@ -145,8 +170,8 @@ class Evaluator:
         seeds: Sequence[int],
         transformer: nn.Module | None,
         batch_size: int | None = None,
-    ) -> Iterator[tuple[list[Row], list[Image.Image]]]:
-        """This rank's share of the images of the first prompts, one for each of `seeds`."""
+    ) -> Iterator[tuple[list[Row], list[Image.Image], Tensor]]:
+        """This rank's share of the images of the first prompts, one for each of `seeds`, and which are finite."""
         count = len(seeds)
         share = math.ceil(count / self.engine.accelerator.num_processes)
         first = self.engine.accelerator.process_index * share
@@ -160,7 +185,7 @@ class Evaluator:
                 chosen = indices[start : start + size]
                 rows = [dict(dataset[i]) for i in chosen]
                 prompts = [row["prompt"] for row in rows]
-                yield rows, self.sample_images(prompts, [seeds[i] for i in chosen], transformer, on_step)
+                yield rows, *self._sample(prompts, [seeds[i] for i in chosen], transformer, on_step)
 
     def _evaluation(self, scores: Tensor, images: dict[str, Tensor]) -> Evaluation:
         """From the scores of the trained rewards and the others, one row each, and the image statistics."""
@@ -172,10 +197,9 @@ class Evaluator:
         series |= {f"{IMAGES}{name}": values for name, values in images.items()}
         statistics = reward_statistics(rewards, trained, self.engine.reward_weights)
         statistics |= statistics_by_reward(others, names)
-        statistics |= {f"{IMAGES}{name}": float(values.mean()) for name, values in images.items()}
+        statistics |= {f"{IMAGES}{name}": float(values.nanmean()) for name, values in images.items()}
         return Evaluation(rewards, series, statistics)
 
-    @torch.no_grad()
     def sample_images(
         self,
         prompts: Sequence[str],
@@ -195,10 +219,22 @@ class Evaluator:
         Returns:
             `list[PIL.Image.Image]` of length `n`: those of the stock pipeline with the same prompts and generators.
         """
+        return self._sample(prompts, seeds, transformer, on_step)[0]
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        transformer: nn.Module | None,
+        on_step: Callable[[], object],
+    ) -> tuple[list[Image.Image], Tensor]:
+        """The images of [`sample_images`], and which of their latents are finite, of shape `(n,)` on the CPU."""
         settings = self.settings
         policy = self.policy
         scheduler = make_scheduler(policy.pipe.scheduler, settings, evaluation=True)
         images: list[Image.Image] = []
+        finite: list[Tensor] = []
         size = settings.per_device_eval_batch_size
         for start in range(0, len(prompts), size):
             conditioning = self.engine.encode(prompts[start : start + size])
@@ -207,5 +243,11 @@ class Evaluator:
                 trajectory = sample_trajectories(
                     policy, scheduler, conditioning, latents, transformer=transformer, on_step=on_step
                 )
-            images += self.engine.decode(policy, trajectory.latents, settings.decode_batch_size)
-        return images
+            finite.append(trajectory.latents.isfinite().flatten(1).all(1))
+            latents = trajectory.latents.nan_to_num(0.0, 0.0, 0.0)
+            images += self.engine.decode(policy, latents, settings.decode_batch_size)
+        are_finite = torch.cat(finite).cpu() if finite else torch.ones(0, dtype=torch.bool)
+        if not are_finite.all():
+            broken = [prompts[i] for i in (~are_finite).nonzero().flatten().tolist()]
+            logger.warning(f"{len(broken)} of {len(images)} images are infinite or NaN. Prompts: {broken}.")
+        return images, are_finite
