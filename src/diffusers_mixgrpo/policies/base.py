@@ -186,7 +186,7 @@ class PipelinePolicy(abc.ABC):
     @property
     def call_arguments(self) -> dict[str, Any]:
         """The arguments with which the pipeline's `__call__` makes the policy's image of one prompt."""
-        arguments = {
+        arguments: dict[str, Any] = {
             "height": self.height,
             "width": self.width,
             "num_inference_steps": self.num_inference_steps,
