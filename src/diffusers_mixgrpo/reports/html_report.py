@@ -19,9 +19,9 @@ from .run_findings import (
     is_finished,
     reward_weights,
     total_steps,
-    warnings,
 )
 from .run_folder import RunFolder, as_number, as_object, as_text, read_run
+from .run_warnings import warnings
 from .settings_table import setting_groups
 
 
@@ -175,7 +175,7 @@ def _tiles(run: RunFolder, found: Headline) -> list[dict[str, str]]:
     tiles.append({"label": "Optimizer steps", "value": f"{run.last_step:,}", "note": f"{steps}, {state}"})
     seconds = _training_seconds(run)
     if seconds is not None:
-        tiles.append({"label": "Training time", "value": duration(seconds), "note": "without what came before"})
+        tiles.append({"label": "Training time", "value": duration(seconds), "note": "wall clock"})
     return tiles
 
 

@@ -93,7 +93,7 @@ def draw(
     extents = [bound for line in lines for bound in _extents(line)]
     is_log = is_log and min(extents) > 0
     x_scale = _Scale([x for line in lines for x, _ in line.points], whole_numbers=True, has_margin=False)
-    y_scale = _Scale(extents + ([0.0] if from_zero and not is_log else []), is_log, whole_numbers, ticks=5)
+    y_scale = _Scale(extents + ([0.0] if from_zero and not is_log else []), is_log, whole_numbers, ticks=7)
     averages = [line for line in lines if line.kind == "noisy" and len(line.points) > MANY_POINTS]
     notes = [note, "Bold lines are moving averages." if averages else ""]
     if any(len(line.points) > MAX_POINTS for line in series):
@@ -143,8 +143,8 @@ class _Scale:
         self.is_log = is_log
         low, high = self._place(min(values)), self._place(max(values))
         if low == high:
-            margin = 0.5 if is_log or whole_numbers else abs(low) * 0.1 or 0.5
-            low, high = low - margin, high + margin
+            margin = 0.5 if is_log or whole_numbers else abs(low) * 0.1
+            low, high = (low - margin, high + margin) if margin else (0.0, 1.0)
         elif has_margin:
             is_at_zero = low == 0 and not is_log
             margin = 0.05 * (high - low)
@@ -167,8 +167,9 @@ class _Scale:
         factors = (1,) if self.high - self.low > 2 else (1, 2, 5)
         ticks = [factor * 10.0**decade for decade in decades for factor in factors]
         ticks = [tick for tick in ticks if self.low <= math.log10(tick) <= self.high]
-        every = -(-len(ticks) // 6) if ticks else 1
-        return ticks[::every] or [10**self.low, 10**self.high]
+        if len(ticks) < 3:  # less than a decade
+            return _round_values(10**self.low, 10**self.high, 4, whole_numbers=False)
+        return ticks[:: -(-len(ticks) // 6)]
 
 
 def _round_values(low: float, high: float, count: int, whole_numbers: bool) -> list[float]:
@@ -193,7 +194,7 @@ def _extents(line: Series) -> list[float]:
 
 
 def _thinned(line: Series) -> Series:
-    """The series with at most `MAX_POINTS` points: means of neighbors, or for steps and errors every k-th and the last."""
+    """At most `MAX_POINTS` points: means of neighbors, or of steps and of values with errors some of them."""
     count = len(line.points)
     if count <= MAX_POINTS:
         return line

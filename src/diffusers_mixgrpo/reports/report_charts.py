@@ -146,10 +146,10 @@ def phases(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _metric_chart(runs: Sequence[RunFolder], metric: str, title: str, note: str = "", **options: bool) -> Chart | None:
-    lines = [
-        Series(labeled(index, title.lower() if len(runs) == 1 else run.name, runs), run.series(metric), 2 * index, kind="noisy")
-        for index, run in enumerate(runs)
-    ]
+    lines = []
+    for index, run in enumerate(runs):
+        label = labeled(index, title.lower(), runs)
+        lines.append(Series(label, run.series(metric), color=2 * index, kind="noisy"))
     return draw(title, lines, note=note, **options)  # type: ignore[arg-type]  # flags of `draw`
 
 

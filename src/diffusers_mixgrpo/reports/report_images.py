@@ -141,8 +141,8 @@ def _shown(image: LoggedImage, size: Size, when: str) -> dict[str, Any] | None:
     embedded = embed(image.path, size) if image.path is not None else None
     if embedded is None:
         return None
-    reward = "no reward" if image.reward is None else f"reward {short(round(image.reward, 4))}"
-    scores = ", ".join(f"{name} {short(score)}" for name, score in list(image.rewards.items())[:8])
+    reward = "no reward" if image.reward is None else f"reward {short(round(image.reward, 3))}"
+    scores = ", ".join(f"{name} {short(round(score, 4))}" for name, score in list(image.rewards.items())[:8])
     return {
         "image": embedded,
         "when": when,

@@ -119,7 +119,10 @@ def read_run(folder: Path) -> RunFolder:
         `ValueError`: If the folder holds nothing of a run.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"`folder` must be the `output_dir` of a training run, got {str(folder)!r}, no folder.")
+        raise FileNotFoundError(
+            f"`folder` must be the `output_dir` of a training run, got {str(folder)!r}, which is no folder. Check the "
+            f"path (working directory: {str(Path.cwd())!r})."
+        )
     run = RunFolder(folder.resolve())
     state = _newest_state(run)
     run.state = {key: value for key, value in state.items() if key != "log_history"}
@@ -134,7 +137,7 @@ def read_run(folder: Path) -> RunFolder:
     if not (run.history or run.info or run.summary or run.images):
         raise ValueError(
             f"`folder` must be the `output_dir` of a training run, got {str(folder)!r}, which has no {HISTORY_NAME}, "
-            f"{INFO_NAME}, {SUMMARY_NAME}, logged images, or checkpoint with a {STATE_NAME}."
+            f"{INFO_NAME}, {SUMMARY_NAME}, logged images, or checkpoint with a {STATE_NAME}. Pass another folder."
         )
     return run
 
@@ -197,9 +200,9 @@ def _read_history(run: RunFolder, state: dict[str, Any]) -> None:
         finite = {name: value for name, value in numbers.items() if value is not None}
         if "step" not in finite:
             continue
-        # A run that was resumed repeats steps: the later entries count.
-        while run.history and run.history[-1]["step"] > finite["step"]:
-            run.history.pop()
+        if run.history and run.history[-1]["step"] > finite["step"]:
+            # A run that was resumed repeats steps: the later entries count.
+            run.history = [earlier for earlier in run.history if earlier["step"] < finite["step"]]
         run.history.append(finite)
     if path.is_file() and not run.history:
         run.gaps.append(f"{HISTORY_NAME} has no entries: there are no curves.")
@@ -223,7 +226,7 @@ def _json_lines(run: RunFolder, path: Path) -> Iterator[Any]:
         run.gaps.append(f"The last line of {path.name} is cut off and is left out.")
     if broken:
         shown = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
-        run.gaps.append(f"{path.name} has {len(broken)} lines that are not JSON and are left out: {shown}.")
+        run.gaps.append(f"Lines of {path.name} that are not JSON are left out: {len(broken)}, at {shown}.")
 
 
 def _read_object(run: RunFolder, path: Path, consequence: str | None = None) -> dict[str, Any]:
@@ -261,7 +264,7 @@ def _read_images(run: RunFolder) -> None:
     run.images = [records[step] for step in sorted(records)]
     if refused:
         shown = ", ".join(repr(name[:80]) for name in refused[:3]) + (", ..." if len(refused) > 3 else "")
-        run.gaps.append(f"{len(refused)} image files are not inside {IMAGES_FOLDER}/ and are not read: {shown}.")
+        run.gaps.append(f"Image files outside {IMAGES_FOLDER}/ are not read: {len(refused)}, {shown}.")
     if not run.images:
         run.gaps.append("No images were logged with their prompts and rewards.")
 

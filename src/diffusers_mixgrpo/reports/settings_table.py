@@ -16,7 +16,7 @@ MAX_LENGTH = 300
 # Where a run is written differs from run to run and says nothing about it.
 PLACES = ("output_dir", "logging_dir", "run_name")
 # Values that the configuration resolves from the machine or from other settings if they are not given
-RESOLVED = ("bf16", "dataloader_pin_memory", "metric_for_best_model")
+RESOLVED = ("bf16", "dataloader_pin_memory", "do_eval", "greater_is_better", "metric_for_best_model")
 SECRETS = ("hub_token", "push_to_hub_token")
 
 
@@ -60,7 +60,7 @@ def setting_groups(runs: Sequence[dict[str, Any]]) -> list[SettingGroup]:
     groups = [
         SettingGroup("Different in the two runs", True, between),
         SettingGroup("Different from the defaults", True, changed),
-        SettingGroup("At their defaults", False, rest),
+        SettingGroup("At their defaults, or following from other settings", False, rest),
     ]
     return [group for group in groups if group.settings]
 
@@ -77,13 +77,15 @@ def _defaults() -> dict[str, Any]:
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether two values mean the same: `None`, False, "none" and what is empty do."""
+    """Whether two values mean the same: `None`, False, "none" and what is empty do, also in a `dict`."""
     return _plain(first) == _plain(second)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         value = value.value
+    if isinstance(value, dict):
+        value = {key: item for key, item in value.items() if _plain(item) is not None}
     is_nothing = value is None or value is False or value == "none" or value in ("", [], {})
     return None if is_nothing else value
 
