@@ -55,21 +55,19 @@ def embed(path: Path, limit: Size) -> EmbeddedImage | None:
         return None
     is_small = max(image.size) <= SMALL
     image.thumbnail((limit.pixels, limit.pixels), Image.Resampling.LANCZOS)
-    data = _encode(image, limit.kilobytes * 1000, is_small)
+    image, data = _encode(image, limit.kilobytes * 1000, is_small)
     return EmbeddedImage(f"data:image/webp;base64,{base64.b64encode(data).decode()}", *image.size, is_small)
 
 
-def _encode(image: Image.Image, limit: int, is_small: bool) -> bytes:
+def _encode(image: Image.Image, limit: int, is_small: bool) -> tuple[Image.Image, bytes]:
     """The image as WebP in at most `limit` bytes: exactly if it is small, then worse and smaller until it fits."""
     if is_small and len(data := _webp(image, lossless=True)) <= limit:
-        return data
+        return image, data
     while True:
         for quality in QUALITIES:
             data = _webp(image, quality=quality)
-            if len(data) <= limit:
-                return data
-        if max(image.size) == 1:
-            return data
+            if len(data) <= limit or max(image.size) == 1:
+                return image, data
         image = image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.LANCZOS)
 
 

@@ -42,7 +42,7 @@ def pairs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     found = []
     for key in [key for key in lefts if key in rights]:
         left, right = (
-            _shown(images[key], SLIDER_SIZE, f"{name}, step {record.step}")
+            _shown(images[key], SLIDER_SIZE, record.step, name)
             for images, name, record in zip((lefts, rights), names, sides, strict=True)
         )
         if left is not None and right is not None:
@@ -110,7 +110,7 @@ def _frames(run: RunFolder, key: Key) -> list[dict[str, Any]]:
     if len(steps) > MAX_FRAMES:
         last = len(steps) - 1
         steps = [steps[round(index * last / (MAX_FRAMES - 1))] for index in range(MAX_FRAMES)]
-    shown = [_shown(image, FRAME_SIZE, f"step {step}") for step, image in steps]
+    shown = [_shown(image, FRAME_SIZE, step) for step, image in steps]
     return [frame for frame in shown if frame is not None]
 
 
@@ -119,7 +119,7 @@ def _group(group: ImageGroup, step: int, letter: str) -> dict[str, Any] | None:
     ordered = sorted(group.images, key=lambda image: -(image.advantage or 0.0))
     half = MAX_GROUP_IMAGES // 2
     chosen = ordered if len(ordered) <= MAX_GROUP_IMAGES else [*ordered[:half], *ordered[-half:]]
-    shown = [_shown(image, GROUP_SIZE, f"{group.which} group, step {step}") for image in chosen]
+    shown = [_shown(image, GROUP_SIZE, step, f"{group.which} group") for image in chosen]
     images = [image for image in shown if image is not None]
     if not images:
         return None
@@ -136,18 +136,18 @@ def _group(group: ImageGroup, step: int, letter: str) -> dict[str, Any] | None:
     }
 
 
-def _shown(image: LoggedImage, size: Size, when: str) -> dict[str, Any] | None:
+def _shown(image: LoggedImage, size: Size, step: int, which: str = "") -> dict[str, Any] | None:
     """An image with what is written about it, or `None` if its file cannot be shown."""
     embedded = embed(image.path, size) if image.path is not None else None
     if embedded is None:
         return None
-    reward = "no reward" if image.reward is None else f"reward {short(round(image.reward, 3))}"
+    reward = "not scored" if image.reward is None else short(round(image.reward, 3))
     scores = ", ".join(f"{name} {short(round(score, 4))}" for name, score in list(image.rewards.items())[:8])
     return {
         "image": embedded,
-        "when": when,
+        "step": step,
         "reward": reward,
         "scores": clipped(scores),
         "advantage": image.advantage,
-        "alt": f"“{clipped(image.prompt, 120)}”, {when}, {reward}",
+        "alt": ", ".join(part for part in (f"“{clipped(image.prompt, 120)}”", which, f"step {step}") if part),
     }

@@ -63,7 +63,7 @@ def _alarm_warnings(run: RunFolder) -> list[str]:
         steps = ", ".join(str(int(step)) for step, _ in alarms[:8]) + (", ..." if len(alarms) > 8 else "")
         changes = _changes_at(run, prefix, alarms[-1][0])
         found.append(
-            f"The reward may have been exploited: the hacking guard raised alarms in {len(alarms)} evaluations, after "
+            f"The reward may have been exploited: the hacking guard raised alarms in {_count(alarms, 'evaluation')}, after "
             f"step {steps}. From the first evaluation to step {int(alarms[-1][0])}: {changes}. Look at the images."
         )
     return found
@@ -107,20 +107,20 @@ def _number_warnings(run: RunFolder) -> list[str]:
     steps = [step for step, share in run.series("nonfinite/steps") if share > 0]
     if steps:
         found.append(
-            f"Gradients were infinite or NaN in {len(steps)} log entries, first at step {int(steps[0])}; these "
+            f"Gradients were infinite or NaN in {_count(steps)}, first at step {int(steps[0])}; these "
             "optimizer steps were dropped. Lower the learning rate, or use bf16 instead of fp16."
         )
     images = [step for step, count in run.series("nonfinite/images") if count > 0]
     if images:
-        found.append(f"Images were infinite or NaN in {len(images)} log entries, first at step {int(images[0])}.")
+        found.append(f"Images were infinite or NaN in {_count(images)}, first at step {int(images[0])}.")
     for name in run.names(r"(eval(_.+?)?_)?rewards/.+/failed"):
         failures = [(step, count) for step, count in run.series(name) if count > 0]
         if failures:
-            where = "evaluations" if name.startswith("eval") else "log entries"
+            where = _count(failures, "evaluation" if name.startswith("eval") else "log entry")
             reward = name.split("rewards/", 1)[1].removesuffix("/failed")
             step, worst = max(failures, key=lambda failure: failure[1])
             found.append(
-                f"{reward} could not score all images in {len(failures)} {where}: up to {short(worst)} images at "
+                f"{reward} could not score all images in {where}: up to {short(worst)} images at "
                 f"step {int(step)}. They were left out."
             )
     return found
@@ -154,6 +154,13 @@ def _signal_warnings(run: RunFolder) -> list[str]:
             f"than the clip range `epsilon={short(epsilon)}`: rounding alone clips."
         )
     return found
+
+
+def _count(items: Sequence[object], noun: str = "log entry") -> str:
+    """The number of items, with the noun in its right form."""
+    if len(items) == 1:
+        return f"1 {noun}"
+    return f"{len(items)} {noun.removesuffix('y')}ies" if noun.endswith("y") else f"{len(items)} {noun}s"
 
 
 def _share_above(series: Sequence[tuple[float, float]], limit: float) -> float:
