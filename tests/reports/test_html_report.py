@@ -234,7 +234,9 @@ def test_folders_that_are_no_run_are_refused(tmp_path, what):
     assert not folder.is_dir() or os.listdir(folder) == []
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", '{"settings": 3, "reward_names": {"a": 1}}', "[" * 100000])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", '{"settings": 3, "reward_names": {"a": 1}, "is_lora": []}', "[" * 100000]
+)
 def test_a_run_json_of_another_form(run, content):
     (run / "run.json").write_text(content)
     change_json(

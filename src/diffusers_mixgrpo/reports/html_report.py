@@ -140,10 +140,11 @@ def _description(run: RunFolder) -> str:
     pipeline = as_text(run.info.get("pipeline"))
     model = report_images.clipped(base, 120) + (f" ({pipeline[:60]})" if pipeline else "")
     rank = as_number(run.info.get("lora_rank"))
-    kind = {
-        True: "A LoRA" + ("" if rank is None else f" of rank {int(rank)}") + " for",
-        False: "All weights of the transformer of",
-    }.get(run.info.get("is_lora"), "A policy from")  # type: ignore[call-overload]  # of any type
+    kind = "A policy from"
+    if run.info.get("is_lora") is True:
+        kind = "A LoRA for" if rank is None else f"A LoRA of rank {int(rank)} for"
+    elif run.info.get("is_lora") is False:
+        kind = "All weights of the transformer of"
     weights = reward_weights(run)
     trained = [name[:60] for name, weight in weights.items() if weight]
     others = [name[:60] for name, weight in weights.items() if not weight]

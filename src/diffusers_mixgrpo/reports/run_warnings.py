@@ -63,8 +63,9 @@ def _alarm_warnings(run: RunFolder) -> list[str]:
         steps = ", ".join(str(int(step)) for step, _ in alarms[:8]) + (", ..." if len(alarms) > 8 else "")
         changes = _changes_at(run, prefix, alarms[-1][0])
         found.append(
-            f"The reward may have been exploited: the hacking guard raised alarms in {_count(alarms, 'evaluation')}, after "
-            f"step {steps}. From the first evaluation to step {int(alarms[-1][0])}: {changes}. Look at the images."
+            f"The reward may have been exploited: the hacking guard raised alarms in {_count(alarms, 'evaluation')}, "
+            f"after step {steps}. From the first evaluation to step {int(alarms[-1][0])}: {changes}. Look at the "
+            "images."
         )
     return found
 
