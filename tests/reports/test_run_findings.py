@@ -105,6 +105,16 @@ def test_weights(names):
     assert reward_weights(run) == {"a": 1.0, "b": 0.0, "c": 0.0, "d": 0.0}
 
 
+def test_weights_whose_order_is_not_known():
+    """The logs have the rewards in the order of the alphabet, the weights are in that of the functions."""
+    entry = {"step": 1, "rewards/a/mean": 0.1, "rewards/b/mean": 0.1}
+    run = run_with(entry, settings={"reward_weights": [1.0, 0.0]})
+    assert reward_weights(run) == {"a": None, "b": None}
+    script = {"reward_funcs": ["module:b", "module:a"]}
+    run = run_with(entry, settings={"reward_weights": [1.0, 0.0]}, summary={"configuration": {"script": script}})
+    assert reward_weights(run) == {"b": 1.0, "a": 0.0}
+
+
 def test_weights_that_are_not_recorded():
     run = run_with({"step": 1, "rewards/a/mean": 0.1, "rewards/b/mean": 0.1, "eval_x_rewards/c/mean": 0.2})
     assert reward_weights(run) == {"a": 0.5, "b": 0.5, "c": 0.0}

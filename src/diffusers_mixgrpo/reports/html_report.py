@@ -147,9 +147,12 @@ def _description(run: RunFolder) -> str:
         kind = "All weights of the transformer of"
     weights = reward_weights(run)
     trained = [name[:60] for name, weight in weights.items() if weight]
-    others = [name[:60] for name, weight in weights.items() if not weight]
+    others = [name[:60] for name, weight in weights.items() if weight == 0]
+    unknown = [name[:60] for name, weight in weights.items() if weight is None]
     sentence = f"{kind} {model}, trained with MixGRPO"
     sentence += f" to raise {_listed(trained)}." if trained else "."
+    if unknown:
+        sentence += f" The weights of its rewards are not recorded: {_listed(unknown)}."
     if others:
         sentence += f" Never trained on, only measured: {_listed(others)}."
     return sentence
@@ -173,7 +176,8 @@ def _tiles(run: RunFolder, found: Headline) -> list[dict[str, str]]:
     total = total_steps(run)
     steps = f"of {total:,}" if total is not None else "total not recorded"
     state = "finished" if is_finished(run) else "unfinished"
-    tiles.append({"label": "Optimizer steps", "value": f"{run.last_step:,}", "note": f"{steps}, {state}"})
+    done = max(run.last_step, int(as_number(run.summary.get("optimizer_steps")) or 0))
+    tiles.append({"label": "Optimizer steps", "value": f"{done:,}", "note": f"{steps}, {state}"})
     seconds = _training_seconds(run)
     if seconds is not None:
         tiles.append({"label": "Training time", "value": duration(seconds), "note": "wall clock"})

@@ -8,7 +8,7 @@ percent, so they keep their size on a phone. Strokes do not scale.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -58,7 +58,8 @@ class Chart:
     table: list[list[str]]
     note: str = ""
     badge: str = ""
-    axis: str = field(default="")
+    axis: str = ""
+    has_average: bool = False
 
 
 def draw(
@@ -94,8 +95,7 @@ def draw(
     is_log = is_log and min(extents) > 0
     x_scale = _Scale([x for line in lines for x, _ in line.points], whole_numbers=True, has_margin=False)
     y_scale = _Scale(extents + ([0.0] if from_zero and not is_log else []), is_log, whole_numbers, ticks=7)
-    averages = [line for line in lines if line.kind == "noisy" and len(line.points) > MANY_POINTS]
-    notes = [note, "Bold lines are moving averages." if averages else ""]
+    notes = [note]
     if any(len(line.points) > MAX_POINTS for line in series):
         notes.append(f"Each point is a mean over several log entries, at most {MAX_POINTS} per line.")
     return Chart(
@@ -111,6 +111,7 @@ def draw(
         note=" ".join(part for part in notes if part),
         badge=badge,
         axis="logarithmic" if is_log else "",
+        has_average=any(line.kind == "noisy" and len(line.points) > MANY_POINTS for line in lines),
     )
 
 

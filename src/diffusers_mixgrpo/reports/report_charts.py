@@ -51,13 +51,16 @@ def charts_by_reward(runs: Sequence[RunFolder]) -> list[Chart]:
 
 
 def _reward_badge(name: str, runs: Sequence[RunFolder]) -> str:
-    weights = [reward_weights(run).get(name, 0.0) for run in runs]
-    if not any(weights):
-        return "never trained on"
-    texts = [f"trained, weight {short(round(weight, 3))}" if weight else "never trained on" for weight in weights]
+    texts = [_weight_in_words(reward_weights(run).get(name, 0.0)) for run in runs]
     if len(set(texts)) == 1:
         return texts[0]
     return "; ".join(labeled(index, text, runs) for index, text in enumerate(texts))
+
+
+def _weight_in_words(weight: float | None) -> str:
+    if weight is None:
+        return "weight not recorded"
+    return f"trained, weight {short(round(weight, 3))}" if weight else "never trained on"
 
 
 def _evaluation_series(label: str, found: Sequence[Evaluation], color: int, is_dashed: bool) -> Series:
@@ -91,7 +94,7 @@ def optimization_charts(runs: Sequence[RunFolder]) -> list[Chart]:
                 runs, "frac_reward_zero_std", "Groups without a signal", "All images have one reward.", from_zero=True
             ),
             _metric_chart(runs, "kl", "KL divergence from the reference", from_zero=True),
-            _metric_chart(runs, "learning_rate", "Learning rate", from_zero=True),
+            _metric_chart(runs, "learning_rate", "Learning rate", kind="line", from_zero=True),
         ]
     )
 
@@ -145,11 +148,13 @@ def phases(run: RunFolder) -> list[dict[str, Any]]:
     ]
 
 
-def _metric_chart(runs: Sequence[RunFolder], metric: str, title: str, note: str = "", **options: bool) -> Chart | None:
+def _metric_chart(
+    runs: Sequence[RunFolder], metric: str, title: str, note: str = "", kind: str = "noisy", **options: bool
+) -> Chart | None:
     lines = []
     for index, run in enumerate(runs):
         label = labeled(index, title.lower(), runs)
-        lines.append(Series(label, run.series(metric), color=2 * index, kind="noisy"))
+        lines.append(Series(label, run.series(metric), color=2 * index, kind=kind))
     return draw(title, lines, note=note, **options)  # type: ignore[arg-type]  # flags of `draw`
 
 

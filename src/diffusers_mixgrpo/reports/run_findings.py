@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from .line_charts import short
 from .run_folder import RunFolder, as_list, as_number, as_object
@@ -124,7 +125,7 @@ def _prompt_count(run: RunFolder, prefix: str) -> int | None:
 
 def _count_from_errors(run: RunFolder, prefix: str) -> int | None:
     """With one trained reward the standard error is its standard deviation over the square root of the number."""
-    weighted = [name for name, weight in reward_weights(run).items() if weight]
+    weighted = [name for name, weight in reward_weights(run).items() if weight != 0]
     if len(weighted) != 1:
         return None
     for entry in run.history:
@@ -138,23 +139,42 @@ def _count_from_errors(run: RunFolder, prefix: str) -> int | None:
 # ---- Rewards ----
 
 
-def reward_weights(run: RunFolder) -> dict[str, float]:
-    """The weight of each reward, which sum to 1. Rewards that are only evaluated have the weight 0."""
-    names = as_list(run.info.get("reward_names"))
-    if names and isinstance(names[0], list):  # all names, and those of the trained rewards
-        names = names[0]
-    names = [name for name in names if isinstance(name, str)]
-    if not names:
-        names = [name.split("/", 1)[1].removesuffix("/mean") for name in run.names(r"rewards/.+/mean")]
+def reward_weights(run: RunFolder) -> dict[str, float | None]:
+    """
+    The weight of each reward, which sum to 1. Rewards that are only evaluated have the weight 0.
+
+    The configuration has the weights in the order of the reward functions, which the logs do not tell: where the names
+    are known from them alone and the weights differ, a weight is `None`.
+    """
+    logged = [name.split("/", 1)[1].removesuffix("/mean") for name in run.names(r"rewards/.+/mean")]
+    ordered = _names_in_order(run, logged)
+    names = ordered or logged
     given = as_list(run.info.get("reward_weights")) or as_list(run.settings.get("reward_weights"))
     weights = [as_number(weight) or 0.0 for weight in given]
     if len(weights) != len(names) or sum(weights) <= 0:
         weights = [1.0] * len(names)
+    is_known = bool(ordered) or len(set(weights)) <= 1
     total = sum(weights)
-    trained = {name: weight / total for name, weight in zip(names, weights, strict=True)}
-    evaluated = [name for name in as_list(run.info.get("eval_reward_names")) if isinstance(name, str)]
-    logged = [re.sub(r"^eval.*?_rewards/|/mean$", "", name) for name in run.names(r"eval(_.+?)?_rewards/.+/mean")]
-    return trained | {name: 0.0 for name in [*evaluated, *logged] if name not in trained}
+    trained = {name: weight / total if is_known else None for name, weight in zip(names, weights, strict=True)}
+    evaluated = _texts(as_list(run.info.get("eval_reward_names")))
+    evaluated += [re.sub(r"^eval.*?_rewards/|/mean$", "", name) for name in run.names(r"eval(_.+?)?_rewards/.+/mean")]
+    return trained | {name: 0.0 for name in evaluated if name not in trained}
+
+
+def _names_in_order(run: RunFolder, logged: list[str]) -> list[str]:
+    """The names of the reward functions in their order, as far as something but the logs tells it."""
+    names = as_list(run.info.get("reward_names"))
+    if names and isinstance(names[0], list):  # all names, and those of the trained rewards
+        names = names[0]
+    if names := _texts(names):
+        return names
+    script = as_object(as_object(run.summary.get("configuration")).get("script"))
+    functions = [name.rsplit(":", 1)[-1] for name in _texts(as_list(script.get("reward_funcs")))]
+    return functions if sorted(functions) == sorted(logged) else []
+
+
+def _texts(values: list[Any]) -> list[str]:
+    return [value for value in values if isinstance(value, str)]
 
 
 # ---- Headline ----
@@ -250,7 +270,9 @@ def comparison(first: RunFolder, second: RunFolder) -> Headline:
     sentence += " This error is that of the prompts; another training seed changes the result too."
     if change.before.count != change.after.count:
         sentence += " The numbers of held-out prompts differ or are not known."
-    weights = [{name: weight for name, weight in reward_weights(run).items() if weight} for run in (first, second)]
+    weights = [
+        {name: weight for name, weight in reward_weights(run).items() if weight != 0} for run in (first, second)
+    ]
     if weights[0] != weights[1]:
         sentence += " The trained rewards differ: compare each reward by itself."
     return Headline(sentence, "unknown" if change.verdict == "unknown" else "noise", change)

@@ -72,7 +72,7 @@ def _alarm_warnings(run: RunFolder) -> list[str]:
 
 def _changes_at(run: RunFolder, prefix: str, step: float) -> str:
     """How what the guard compares moved from the first evaluation to another one."""
-    untrained = [name for name, weight in reward_weights(run).items() if not weight]
+    untrained = [name for name, weight in reward_weights(run).items() if weight == 0]
     names = {f"{prefix}_reward": "held-out reward"}
     names |= {f"{prefix}_rewards/{name}/mean": f"{name} (never trained on)" for name in untrained}
     names |= {name: name.split("_images/")[1] for name in run.names(rf"{re.escape(prefix)}_images/.+")}
