@@ -62,7 +62,7 @@ def test_one_evaluation_is_no_comparison():
 def test_evaluations_that_do_not_cover_the_run():
     found = headline(run_with(evaluation(2, 0.1), evaluation(4, 0.9), {"step": 8, "reward": 0.5}))
     assert "The first evaluation is after step 2, not of the untrained model" in found.sentence
-    assert "after step 4; the logs go on to step 8" in found.sentence
+    assert "The last evaluation is after step 4; the logs go on to step 8" in found.sentence
 
 
 def test_several_datasets_and_the_moving_average():
@@ -171,6 +171,7 @@ def test_alarms_of_the_guard_with_what_moved():
     found = warnings(run)
     assert len(found) == 1
     assert "after step 8" in found[0]
+    assert headline(run).verdict == "alarm" and "see the warnings" in headline(run).sentence
     for change in ("held-out reward 0.1 → 0.9", "true (never trained on) 0.7 → 0.1", "spread 0.2 → 0.05"):
         assert change in found[0]
 

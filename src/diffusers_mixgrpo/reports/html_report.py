@@ -171,7 +171,7 @@ def _tiles(run: RunFolder, found: Headline) -> list[dict[str, str]]:
         tiles += [
             {"label": "Held-out reward, before", "value": str(change.before), "note": f"step {change.before.step}"},
             {"label": "Held-out reward, after", "value": str(change.after), "note": f"step {change.after.step}"},
-            {"label": "Change", "value": f"{change.difference:+.3f}", "note": errors, "verdict": change.verdict},
+            {"label": "Change", "value": f"{change.difference:+.3f}", "note": errors, "verdict": found.verdict},
         ]
     total = total_steps(run)
     steps = f"of {total:,}" if total is not None else "total not recorded"

@@ -182,7 +182,7 @@ def _texts(values: list[Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Headline:
-    """What came of a run: a sentence, and a word for its color (see [`Change.verdict`])."""
+    """What came of a run: a sentence, and a word for its color: that of [`Change.verdict`], or `"alarm"`."""
 
     sentence: str
     verdict: str
@@ -210,7 +210,10 @@ def headline(run: RunFolder) -> Headline:
     if change.before.step > 0:
         sentence += f" The first evaluation is after step {change.before.step}, not of the untrained model."
     if change.after.step < run.last_step:
-        sentence += f" It is that after step {change.after.step}; the logs go on to step {run.last_step}."
+        sentence += f" The last evaluation is after step {change.after.step}; the logs go on to step {run.last_step}."
+    if change.verdict == "gain" and dict(run.series(f"{prefix}_alarms")).get(change.after.step, 0) > 0:
+        sentence += " But the hacking guard raised an alarm: see the warnings."
+        return Headline(sentence, "alarm", change)
     return Headline(sentence, change.verdict, change)
 
 

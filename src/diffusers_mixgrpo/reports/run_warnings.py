@@ -61,11 +61,11 @@ def _alarm_warnings(run: RunFolder) -> list[str]:
             continue
         prefix = name.removesuffix("_alarms")
         steps = ", ".join(str(int(step)) for step, _ in alarms[:8]) + (", ..." if len(alarms) > 8 else "")
-        changes = _changes_at(run, prefix, alarms[-1][0])
+        last = int(alarms[-1][0])
         found.append(
             f"The reward may have been exploited: the hacking guard raised alarms in {_count(alarms, 'evaluation')}, "
-            f"after step {steps}. From the first evaluation to step {int(alarms[-1][0])}: {changes}. Look at the "
-            "images."
+            f"after {'step' if len(alarms) == 1 else 'steps'} {steps}. From the first evaluation to step {last}: "
+            f"{_changes_at(run, prefix, last)}. Look at the images."
         )
     return found
 
@@ -79,8 +79,11 @@ def _changes_at(run: RunFolder, prefix: str, step: float) -> str:
     parts = []
     for name, label in names.items():
         values = dict(run.series(name))
-        if step in values and len(values) > 1:
-            parts.append(f"{label} {short(next(iter(values.values())))} → {short(values[step])}")
+        if step not in values:
+            continue
+        before, after = short(next(iter(values.values()))), short(values[step])
+        if before != after:
+            parts.append(f"{label} {before} → {after}")
     return "; ".join(parts) or "the numbers are not in the logs"
 
 
