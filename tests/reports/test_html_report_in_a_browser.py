@@ -242,8 +242,13 @@ def test_the_search_in_the_settings(browser, report):
     assert open_groups == ["true", None]
 
 
-def test_printing(browser, report):
-    show(browser, report, media="print")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_printing(browser, report, scheme):
+    show(browser, report, media="print", scheme=scheme)
+    color, paper = browser.execute_script(
+        "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
+    )
+    assert (color, paper) == ("rgb(26, 31, 41)", "rgb(255, 255, 255)")
     first = browser.find_element(By.CSS_SELECTOR, ".slider")
     left, right = sorted((image.rect for image in first.find_elements(By.TAG_NAME, "img")), key=lambda r: r["x"])
     assert left["width"] > 20 and left["x"] + left["width"] <= right["x"] + 1  # side by side

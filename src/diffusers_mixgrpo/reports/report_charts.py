@@ -111,10 +111,10 @@ def charts_by_window(runs: Sequence[RunFolder]) -> list[Chart]:
         found = [run.by_window(metric) for run in runs]
         if max(map(len, found)) < 2:
             continue
-        lines = [
-            Series(labeled(index, "mean over the run", runs), points, color=2 * index, kind="dots")
-            for index, points in enumerate(found)
-        ]
+        lines = []
+        for index, points in enumerate(found):
+            label, color = ("mean over the run", 0) if len(runs) == 1 else ("AB"[index], 2 * index + 1)
+            lines.append(Series(label, points, color=color, kind="dots"))
         is_log = metric == "grad_norm"
         chart = draw(title, lines, "first step of the window", is_log=is_log, from_zero=not is_log)
         charts.append(chart)
@@ -153,8 +153,8 @@ def _metric_chart(
 ) -> Chart | None:
     lines = []
     for index, run in enumerate(runs):
-        label = labeled(index, title.lower(), runs)
-        lines.append(Series(label, run.series(metric), color=2 * index, kind=kind))
+        label, color = (title.lower(), 0) if len(runs) == 1 else ("AB"[index], 2 * index + 1)
+        lines.append(Series(label, run.series(metric), color=color, kind=kind))
     return draw(title, lines, note=note, **options)  # type: ignore[arg-type]  # flags of `draw`
 
 
