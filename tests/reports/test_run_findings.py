@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_mixgrpo.reports.logged_run import LoggedRun
 from diffusers_mixgrpo.reports.run_findings import comparison, evaluations, headline, reward_weights
-from diffusers_mixgrpo.reports.run_folder import RunFolder
 from diffusers_mixgrpo.reports.run_warnings import warnings
 
 
-def run_with(*history: dict, **parts) -> RunFolder:
-    return RunFolder(Path("run"), list(history), **({"summary": {"optimizer_steps": 8}} | parts))
+def run_with(*history: dict, **parts) -> LoggedRun:
+    return LoggedRun(Path("run"), list(history), **({"summary": {"optimizer_steps": 8}} | parts))
 
 
 def evaluation(step: int, mean: float, error: float | None = 0.03, **metrics: float) -> dict:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from . import report_charts, report_images
 from .line_charts import short
+from .logged_run import LoggedRun, as_number, as_object, as_text, read_run
 from .run_findings import (
     Headline,
     comparison,
@@ -20,7 +21,6 @@ from .run_findings import (
     reward_weights,
     total_steps,
 )
-from .run_folder import RunFolder, as_number, as_object, as_text, read_run
 from .run_warnings import warnings
 from .settings_table import setting_groups
 
@@ -61,7 +61,7 @@ def write_report(folder: str | os.PathLike, other: str | os.PathLike | None = No
     return path
 
 
-def render(runs: Sequence[RunFolder]) -> str:
+def render(runs: Sequence[LoggedRun]) -> str:
     """The page of one run, or of two."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -81,7 +81,7 @@ def render(runs: Sequence[RunFolder]) -> str:
     )
 
 
-def _content(runs: Sequence[RunFolder]) -> dict[str, Any]:
+def _content(runs: Sequence[LoggedRun]) -> dict[str, Any]:
     """Everything that the template shows."""
     names = _distinct_names(runs)
     is_comparison = len(runs) > 1
@@ -107,14 +107,14 @@ def _content(runs: Sequence[RunFolder]) -> dict[str, Any]:
     }
 
 
-def _distinct_names(runs: Sequence[RunFolder]) -> list[str]:
+def _distinct_names(runs: Sequence[LoggedRun]) -> list[str]:
     """The names of the folders, with those above them where they are the same."""
     if len({run.name for run in runs}) == len(runs):
         return [run.name for run in runs]
     return ["/".join(run.path.parts[-2:]) for run in runs]
 
 
-def _run(run: RunFolder, name: str, index: int) -> dict[str, Any]:
+def _run(run: LoggedRun, name: str, index: int) -> dict[str, Any]:
     """What the page says about one run."""
     found: Headline = headline(run)
     versions = [(str(key), str(value)[:60]) for key, value in as_object(run.info.get("versions")).items()]
@@ -134,7 +134,7 @@ def _run(run: RunFolder, name: str, index: int) -> dict[str, Any]:
     }
 
 
-def _description(run: RunFolder) -> str:
+def _description(run: LoggedRun) -> str:
     """What was trained, in a sentence."""
     base = as_text(run.info.get("base_model")) or "a base model that is not recorded"
     pipeline = as_text(run.info.get("pipeline"))
@@ -163,7 +163,7 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
-def _tiles(run: RunFolder, found: Headline) -> list[dict[str, str]]:
+def _tiles(run: LoggedRun, found: Headline) -> list[dict[str, str]]:
     """The most important numbers, each with a label, a note and perhaps a verdict."""
     tiles = []
     if (change := found.change) is not None:
@@ -184,12 +184,12 @@ def _tiles(run: RunFolder, found: Headline) -> list[dict[str, str]]:
     return tiles
 
 
-def _training_seconds(run: RunFolder) -> float | None:
+def _training_seconds(run: LoggedRun) -> float | None:
     logged = run.series("train_runtime")
     return logged[-1][1] if logged else as_number(run.summary.get("seconds"))
 
 
-def _times(run: RunFolder) -> list[tuple[str, str]]:
+def _times(run: LoggedRun) -> list[tuple[str, str]]:
     """Further times and the forward passes, as rows of a table."""
     rows = []
     if (seconds := _training_seconds(run)) is not None:

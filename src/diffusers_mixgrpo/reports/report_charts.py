@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .line_charts import Chart, Series, draw, short
+from .logged_run import LoggedRun
 from .run_findings import Evaluation, evaluation_label, evaluation_names, evaluations, reward_weights
-from .run_folder import RunFolder
 
 
 MAX_REWARDS = 12
@@ -13,12 +13,12 @@ PHASES = 6
 """Colors for the phases of an iteration."""
 
 
-def labeled(run_index: int, label: str, runs: Sequence[RunFolder]) -> str:
+def labeled(run_index: int, label: str, runs: Sequence[LoggedRun]) -> str:
     """A label of a line, with the letter of its run where there are two."""
     return label if len(runs) == 1 else f"{'AB'[run_index]}, {label}"
 
 
-def reward_charts(runs: Sequence[RunFolder]) -> list[Chart]:
+def reward_charts(runs: Sequence[LoggedRun]) -> list[Chart]:
     """The weighted reward in training and on held-out prompts."""
     lines = []
     for index, run in enumerate(runs):
@@ -32,7 +32,7 @@ def reward_charts(runs: Sequence[RunFolder]) -> list[Chart]:
     return _present([draw("Reward", lines, note=note)])
 
 
-def charts_by_reward(runs: Sequence[RunFolder]) -> list[Chart]:
+def charts_by_reward(runs: Sequence[LoggedRun]) -> list[Chart]:
     """A small chart for each reward, which says whether it is trained on."""
     names = list(dict.fromkeys(name for run in runs for name in reward_weights(run)))
     charts = []
@@ -50,7 +50,7 @@ def charts_by_reward(runs: Sequence[RunFolder]) -> list[Chart]:
     return _present(charts)
 
 
-def _reward_badge(name: str, runs: Sequence[RunFolder]) -> str:
+def _reward_badge(name: str, runs: Sequence[LoggedRun]) -> str:
     texts = [_weight_in_words(reward_weights(run).get(name, 0.0)) for run in runs]
     if len(set(texts)) == 1:
         return texts[0]
@@ -69,7 +69,7 @@ def _evaluation_series(label: str, found: Sequence[Evaluation], color: int, is_d
     return Series(label, points, color, errors, kind="dots", is_dashed=is_dashed)
 
 
-def window_charts(runs: Sequence[RunFolder]) -> list[Chart]:
+def window_charts(runs: Sequence[LoggedRun]) -> list[Chart]:
     """The first and the last step of the window over the run."""
     lines = []
     for index, run in enumerate(runs):
@@ -83,7 +83,7 @@ def window_charts(runs: Sequence[RunFolder]) -> list[Chart]:
     return _present([draw("Place of the window", lines, note=note, from_zero=True, whole_numbers=True)])
 
 
-def optimization_charts(runs: Sequence[RunFolder]) -> list[Chart]:
+def optimization_charts(runs: Sequence[LoggedRun]) -> list[Chart]:
     """Gradient norm, clipping, and the spread of the rewards, over the run."""
     return _present(
         [
@@ -99,7 +99,7 @@ def optimization_charts(runs: Sequence[RunFolder]) -> list[Chart]:
     )
 
 
-def charts_by_window(runs: Sequence[RunFolder]) -> list[Chart]:
+def charts_by_window(runs: Sequence[LoggedRun]) -> list[Chart]:
     """Gradient norm, clipping and reward spread by the place of the window, if it moved."""
     metrics = {
         "grad_norm": "Gradient norm",
@@ -121,7 +121,7 @@ def charts_by_window(runs: Sequence[RunFolder]) -> list[Chart]:
     return _present(charts)
 
 
-def nfe_charts(runs: Sequence[RunFolder]) -> list[Chart]:
+def nfe_charts(runs: Sequence[LoggedRun]) -> list[Chart]:
     """Steps of a rollout, and the forward passes that were computed for an image."""
     lines = []
     for index, run in enumerate(runs):
@@ -132,7 +132,7 @@ def nfe_charts(runs: Sequence[RunFolder]) -> list[Chart]:
     return _present([draw("Forward passes per image", lines, note=note, from_zero=True)])
 
 
-def phases(run: RunFolder) -> list[dict[str, Any]]:
+def phases(run: LoggedRun) -> list[dict[str, Any]]:
     """The mean seconds per iteration of each phase, the longest first, with their share of all."""
     seconds = {}
     for name in run.names(r"time/.+"):
@@ -149,7 +149,7 @@ def phases(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _metric_chart(
-    runs: Sequence[RunFolder], metric: str, title: str, note: str = "", kind: str = "noisy", **options: bool
+    runs: Sequence[LoggedRun], metric: str, title: str, note: str = "", kind: str = "noisy", **options: bool
 ) -> Chart | None:
     lines = []
     for index, run in enumerate(runs):

@@ -5,7 +5,7 @@ from typing import Any
 
 from .embedded_images import Size, embed
 from .line_charts import short
-from .run_folder import ImageGroup, ImageRecord, LoggedImage, RunFolder
+from .logged_run import ImageGroup, ImageRecord, LoggedImage, LoggedRun
 
 
 # With these limits all images of a report take less than 6 MB as base64: see MAX_BYTES in html_report.py.
@@ -20,7 +20,7 @@ MAX_PROMPT_LENGTH = 300
 Key = tuple[str, int | None]
 
 
-def pairs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+def pairs(runs: Sequence[LoggedRun]) -> list[dict[str, Any]]:
     """
     Two images of each fixed prompt and seed: the first and the last of a run, or the last of two runs.
 
@@ -52,7 +52,7 @@ def pairs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     return found
 
 
-def films(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+def films(runs: Sequence[LoggedRun]) -> list[dict[str, Any]]:
     """The images of each fixed prompt and seed over the steps: a strip for each run that has it."""
     keys = [_keys(run) for run in runs]
     shared = [key for key in keys[0] if all(key in others for others in keys)]
@@ -68,13 +68,13 @@ def films(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     return found
 
 
-def prompt_count(runs: Sequence[RunFolder]) -> int:
+def prompt_count(runs: Sequence[LoggedRun]) -> int:
     """The number of fixed prompts and seeds that all runs have."""
     keys = [_keys(run) for run in runs]
     return len([key for key in keys[0] if all(key in others for others in keys)])
 
 
-def groups(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+def groups(runs: Sequence[LoggedRun]) -> list[dict[str, Any]]:
     """The best and worst training groups: those of the first and the last record of a run, or the last of two runs."""
     found = []
     for index, run in enumerate(runs):
@@ -92,7 +92,7 @@ def clipped(text: str, length: int = MAX_PROMPT_LENGTH) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _records_with_samples(run: RunFolder) -> list[ImageRecord]:
+def _records_with_samples(run: LoggedRun) -> list[ImageRecord]:
     return [record for record in run.images if record.samples]
 
 
@@ -100,11 +100,11 @@ def _by_key(record: ImageRecord) -> dict[Key, LoggedImage]:
     return {(image.prompt, image.seed): image for image in record.samples}
 
 
-def _keys(run: RunFolder) -> list[Key]:
+def _keys(run: LoggedRun) -> list[Key]:
     return list(dict.fromkeys(key for record in run.images for key in _by_key(record)))
 
 
-def _frames(run: RunFolder, key: Key) -> list[dict[str, Any]]:
+def _frames(run: LoggedRun, key: Key) -> list[dict[str, Any]]:
     """At most `MAX_FRAMES` images over the run, evenly spread, with the first and the last."""
     steps = [(record.step, _by_key(record)[key]) for record in run.images if key in _by_key(record)]
     if len(steps) > MAX_FRAMES:

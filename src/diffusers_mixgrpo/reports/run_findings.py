@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .line_charts import short
-from .run_folder import RunFolder, as_list, as_number, as_object
+from .logged_run import LoggedRun, as_list, as_number, as_object
 
 
 NOISE = 2
@@ -63,7 +63,7 @@ class Change:
         return "gain" if self.errors > 0 else "loss"
 
 
-def evaluation_names(run: RunFolder) -> list[str]:
+def evaluation_names(run: LoggedRun) -> list[str]:
     """
     The first parts of the names of the evaluations' metrics: `"eval"` alone, or one for each dataset, and those of the
     moving average of the weights.
@@ -86,7 +86,7 @@ def evaluation_label(prefix: str) -> str:
     return f"{label}, moving average of the weights" if is_average(prefix) else label
 
 
-def evaluations(run: RunFolder, prefix: str = "eval") -> list[Evaluation]:
+def evaluations(run: LoggedRun, prefix: str = "eval") -> list[Evaluation]:
     """
     The evaluations of a run by step.
 
@@ -109,7 +109,7 @@ def evaluations(run: RunFolder, prefix: str = "eval") -> list[Evaluation]:
     return [found[step] for step in sorted(found)]
 
 
-def _prompt_count(run: RunFolder, prefix: str) -> int | None:
+def _prompt_count(run: LoggedRun, prefix: str) -> int | None:
     """The number of held-out prompts, if something tells it."""
     own = prefix.removesuffix("_ema")
     count = as_number(run.summary.get("eval_prompts")) if own == "eval" else None
@@ -123,7 +123,7 @@ def _prompt_count(run: RunFolder, prefix: str) -> int | None:
     return _count_from_errors(run, prefix)
 
 
-def _count_from_errors(run: RunFolder, prefix: str) -> int | None:
+def _count_from_errors(run: LoggedRun, prefix: str) -> int | None:
     """With one trained reward the standard error is its standard deviation over the square root of the number."""
     weighted = [name for name, weight in reward_weights(run).items() if weight != 0]
     if len(weighted) != 1:
@@ -139,7 +139,7 @@ def _count_from_errors(run: RunFolder, prefix: str) -> int | None:
 # ---- Rewards ----
 
 
-def reward_weights(run: RunFolder) -> dict[str, float | None]:
+def reward_weights(run: LoggedRun) -> dict[str, float | None]:
     """
     The weight of each reward, which sum to 1. Rewards that are only evaluated have the weight 0.
 
@@ -161,7 +161,7 @@ def reward_weights(run: RunFolder) -> dict[str, float | None]:
     return trained | {name: 0.0 for name in evaluated if name not in trained}
 
 
-def _names_in_order(run: RunFolder, logged: list[str]) -> list[str]:
+def _names_in_order(run: LoggedRun, logged: list[str]) -> list[str]:
     """The names of the reward functions in their order, as far as something but the logs tells it."""
     names = as_list(run.info.get("reward_names"))
     if names and isinstance(names[0], list):  # all names, and those of the trained rewards
@@ -189,7 +189,7 @@ class Headline:
     change: Change | None = None
 
 
-def headline(run: RunFolder) -> Headline:
+def headline(run: LoggedRun) -> Headline:
     """Whether the reward rose on held-out prompts, as far as the evaluations can tell."""
     names = evaluation_names(run)
     prefix = next((name for name in names if not is_average(name)), None)
@@ -240,7 +240,7 @@ def _change_in_words(change: Change) -> str:
     return f"{verb} {numbers}, by {difference} or {errors}."
 
 
-def _training_change(run: RunFolder) -> str:
+def _training_change(run: LoggedRun) -> str:
     values = [value for _, value in run.series("reward")]
     if len(values) < 2:
         return ""
@@ -253,7 +253,7 @@ def _training_change(run: RunFolder) -> str:
     )
 
 
-def comparison(first: RunFolder, second: RunFolder) -> Headline:
+def comparison(first: LoggedRun, second: LoggedRun) -> Headline:
     """Which of two runs ends with the higher held-out reward, as far as the evaluations can tell."""
     ends = [evaluations(run)[-1:] for run in (first, second)]
     if not (ends[0] and ends[1]):
@@ -284,7 +284,7 @@ def comparison(first: RunFolder, second: RunFolder) -> Headline:
 # ---- State ----
 
 
-def total_steps(run: RunFolder) -> int | None:
+def total_steps(run: LoggedRun) -> int | None:
     """Optimizer steps that the run was to take, if something tells it."""
     for value in (run.settings.get("max_steps"), run.state.get("max_steps")):
         number = as_number(value)
@@ -293,7 +293,7 @@ def total_steps(run: RunFolder) -> int | None:
     return None
 
 
-def is_finished(run: RunFolder) -> bool:
+def is_finished(run: LoggedRun) -> bool:
     """Whether the training came to its end, which logs its run time, or has written its summary."""
     steps = [entry for entry in run.history if "reward" in entry or "train_runtime" in entry]
     return bool(run.summary) or bool(steps) and "train_runtime" in steps[-1]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from .line_charts import short
+from .logged_run import LoggedRun, as_number
 from .run_findings import (
     Change,
     evaluation_label,
@@ -13,7 +14,6 @@ from .run_findings import (
     reward_weights,
     total_steps,
 )
-from .run_folder import RunFolder, as_number
 
 
 HIGH_CLIP_SHARE = 0.5
@@ -23,7 +23,7 @@ HIGH_SHARE_OF_LOGS = 0.25
 MAX_WARNINGS = 12
 
 
-def warnings(run: RunFolder) -> list[str]:
+def warnings(run: LoggedRun) -> list[str]:
     """What to look into, each in words; the gravest first."""
     found = [
         *_state_warnings(run),
@@ -36,7 +36,7 @@ def warnings(run: RunFolder) -> list[str]:
     return found if rest <= 0 else [*found[:MAX_WARNINGS], f"{rest} more warnings are not shown."]
 
 
-def _state_warnings(run: RunFolder) -> list[str]:
+def _state_warnings(run: LoggedRun) -> list[str]:
     total = total_steps(run)
     of_total = "" if total is None else f" of {total}"
     if not is_finished(run):
@@ -52,7 +52,7 @@ def _state_warnings(run: RunFolder) -> list[str]:
     return []
 
 
-def _alarm_warnings(run: RunFolder) -> list[str]:
+def _alarm_warnings(run: LoggedRun) -> list[str]:
     """An alarm of the guard against reward hacking, with what the evaluations said then."""
     found = []
     for name in run.names(r"eval(_.+)?_alarms"):
@@ -70,7 +70,7 @@ def _alarm_warnings(run: RunFolder) -> list[str]:
     return found
 
 
-def _changes_at(run: RunFolder, prefix: str, step: float) -> str:
+def _changes_at(run: LoggedRun, prefix: str, step: float) -> str:
     """How what the guard compares moved from the first evaluation to another one."""
     untrained = [name for name, weight in reward_weights(run).items() if weight == 0]
     names = {f"{prefix}_reward": "held-out reward"}
@@ -87,7 +87,7 @@ def _changes_at(run: RunFolder, prefix: str, step: float) -> str:
     return "; ".join(parts) or "the numbers are not in the logs"
 
 
-def _reward_warnings(run: RunFolder) -> list[str]:
+def _reward_warnings(run: LoggedRun) -> list[str]:
     found = []
     for prefix in evaluation_names(run):
         series = evaluations(run, prefix)
@@ -106,7 +106,7 @@ def _reward_warnings(run: RunFolder) -> list[str]:
     return found
 
 
-def _number_warnings(run: RunFolder) -> list[str]:
+def _number_warnings(run: LoggedRun) -> list[str]:
     found = []
     steps = [step for step, share in run.series("nonfinite/steps") if share > 0]
     if steps:
@@ -130,7 +130,7 @@ def _number_warnings(run: RunFolder) -> list[str]:
     return found
 
 
-def _signal_warnings(run: RunFolder) -> list[str]:
+def _signal_warnings(run: LoggedRun) -> list[str]:
     found = []
     clipped = _share_above(run.series("clip_ratio/region_mean"), HIGH_CLIP_SHARE)
     if clipped > HIGH_SHARE_OF_LOGS:

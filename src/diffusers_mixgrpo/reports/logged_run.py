@@ -60,7 +60,7 @@ class ImageRecord:
 
 
 @dataclass
-class RunFolder:
+class LoggedRun:
     """
     A run, as far as its folder tells.
 
@@ -110,7 +110,7 @@ class RunFolder:
         return [(place, sum(values[place]) / len(values[place])) for place in sorted(values)]
 
 
-def read_run(folder: Path) -> RunFolder:
+def read_run(folder: Path) -> LoggedRun:
     """
     Read what is there of a run, also of an unfinished one.
 
@@ -123,7 +123,7 @@ def read_run(folder: Path) -> RunFolder:
             f"`folder` must be the `output_dir` of a training run, got {str(folder)!r}, which is no folder. Check the "
             f"path (working directory: {str(Path.cwd())!r})."
         )
-    run = RunFolder(folder.resolve())
+    run = LoggedRun(folder.resolve())
     state = _newest_state(run)
     run.state = {key: value for key, value in state.items() if key != "log_history"}
     _read_history(run, state)
@@ -176,7 +176,7 @@ def _as_integer(value: Any) -> int | None:
 # ---- Logs ----
 
 
-def _newest_state(run: RunFolder) -> dict[str, Any]:
+def _newest_state(run: LoggedRun) -> dict[str, Any]:
     """The trainer's state with the most steps: of a checkpoint, or in the folder itself."""
     paths = [*run.path.glob(f"checkpoint-*/{STATE_NAME}"), run.path / STATE_NAME]
     newest: dict[str, Any] = {}
@@ -187,7 +187,7 @@ def _newest_state(run: RunFolder) -> dict[str, Any]:
     return newest
 
 
-def _read_history(run: RunFolder, state: dict[str, Any]) -> None:
+def _read_history(run: LoggedRun, state: dict[str, Any]) -> None:
     path = run.path / HISTORY_NAME
     if path.is_file():
         entries = list(_json_lines(run, path))
@@ -208,7 +208,7 @@ def _read_history(run: RunFolder, state: dict[str, Any]) -> None:
         run.gaps.append(f"{HISTORY_NAME} has no entries: there are no curves.")
 
 
-def _json_lines(run: RunFolder, path: Path) -> Iterator[Any]:
+def _json_lines(run: LoggedRun, path: Path) -> Iterator[Any]:
     """The objects of a file with one per line. A broken last line is one that was being written."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     while lines and not lines[-1].strip():
@@ -229,7 +229,7 @@ def _json_lines(run: RunFolder, path: Path) -> Iterator[Any]:
         run.gaps.append(f"Lines of {path.name} that are not JSON are left out: {len(broken)}, at {shown}.")
 
 
-def _read_object(run: RunFolder, path: Path, consequence: str | None = None) -> dict[str, Any]:
+def _read_object(run: LoggedRun, path: Path, consequence: str | None = None) -> dict[str, Any]:
     """A JSON file with an object, or an empty one. `consequence` says what it means if there is none."""
     name = path.relative_to(run.path).as_posix()
     if not path.is_file():
@@ -249,7 +249,7 @@ def _read_object(run: RunFolder, path: Path, consequence: str | None = None) -> 
 # ---- Images ----
 
 
-def _read_images(run: RunFolder) -> None:
+def _read_images(run: LoggedRun) -> None:
     folder = run.path / IMAGES_FOLDER
     records = {}
     refused: list[str] = []
