@@ -15,10 +15,10 @@ ISA += $(shell grep -qs avx512f /proc/cpuinfo && echo ATEN_CPU_CAPABILITY=avx512
 # An environment of its own: the tests of the other one run without DeepSpeed
 DEEPSPEED_VENV ?= .venv-deepspeed
 
-.PHONY: demo test test-all test-isa test-deepspeed soak quality docs clean
+.PHONY: demo test test-all test-isa test-deepspeed soak quality docs figures clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/train_flux_mixgrpo.py $(ARGS)
+	$(BIN)/diffusers-mixgrpo train $(ARGS)
 
 test: $(VENV)/.test
 	$(PYTEST) $(ARGS)
@@ -41,12 +41,16 @@ soak: $(VENV)/.test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python tests/soak.py --output outputs/soak $(ARGS)
 
 quality: $(VENV)/.quality
-	$(BIN)/ruff check src examples tests
-	$(BIN)/ruff format --check src examples tests
+	$(BIN)/ruff check src examples tests docs
+	$(BIN)/ruff format --check src examples tests docs
 	$(BIN)/mypy
 
+# The site. Warnings, such as links to nothing, are errors.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going docs docs/_build
+
 # The figures of docs/theory.md and docs/windows.md. Each other page names the command that makes its figures.
-docs: $(VENV)/.installed
+figures: $(VENV)/.installed
 	$(BIN)/python examples/studies/theory_plots.py --output docs/images
 
 # torch is installed first and by its exact version, so that nothing pulls in another build of it.
@@ -54,7 +58,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed: make PYTHON=...'"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.installed
@@ -70,5 +74,9 @@ $(VENV)/.quality: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quality]"
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs build src/*.egg-info
+	rm -rf $(VENV) outputs build docs/_build src/*.egg-info

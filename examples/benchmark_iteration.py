@@ -348,6 +348,7 @@ class Bench:
             "logging_strategy": "no",
             "save_strategy": "no",
             "report_to": "none",
+            "logging_images_steps": None,
             "disable_tqdm": True,
         }
         if args.gradient_checkpointing:

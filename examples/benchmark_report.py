@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import METHOD_NAMES, plt
+
+from diffusers_mixgrpo.commands.figures import plt
+from diffusers_mixgrpo.presets import METHOD_NAMES
 
 
 # Iteration time relative to DanceGRPO, from the MixGRPO paper (arXiv 2507.21802)

@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": "none",
+    "logging_images_steps": None,
     "use_cpu": True,
     "disable_tqdm": True,
 }

@@ -98,7 +98,8 @@ COUNTS = (
     "gradient_accumulation_steps",
     "steps_per_generation",
     "num_iterations",
-    "num_logged_images",
+    "num_logged_prompts",
+    "num_logged_seeds",
     "max_nonfinite_steps",
     "window_interval",
     "window_stride",
@@ -111,7 +112,6 @@ OPTIONAL_COUNTS = (
     "eval_num_inference_steps",
     "eval_height",
     "eval_width",
-    "logging_images_steps",
     "replay_top_k",
 )
 NOT_POSITIVE = (0.0, -0.5, NAN, INF, -INF, True, "0.5")
@@ -207,6 +207,7 @@ BAD_VALUES = {
     "logging_steps": (0, -1, 2.5, NAN, "1", None),
     "eval_steps": (-1, 2.5, NAN, "1"),
     "save_steps": (0, -1, 2.5, NAN, "1", None),
+    "logging_images_steps": (0, -1, 2.5, NAN, INF, True, "1"),
     "save_total_limit": (0, -1, 1.5, "1"),
     "save_strategy": (False, "never", None, 3),
     "dataloader_num_workers": (-1, 1.5, NAN, True, "2", None),
@@ -249,7 +250,10 @@ def test_the_table_covers_every_checked_argument():
         {"window_strategy": "linear_decay", "window_min_interval": 25},
         {"attention_backend": "_NATIVE_CUDNN"},
         {"ode_cache": {"name": "FirstBlockCacheConfig", "threshold": 0.1}},
-        dict.fromkeys((*OPTIONAL_COUNTS, "epsilon_high", "advantage_clip", "shift", "reward_timeout")),
+        {"logging_images_steps": 8.0},
+        dict.fromkeys(
+            (*OPTIONAL_COUNTS, "logging_images_steps", "epsilon_high", "advantage_clip", "shift", "reward_timeout")
+        ),
     ],
 )
 def test_values_at_the_limits(tmp_path, kwargs):
@@ -483,7 +487,8 @@ def test_quantization_is_json_on_the_command_line(tmp_path):
 
 
 def test_the_recipes_of_the_documentation_are_configurations(tmp_path):
-    text = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
+    documents = Path(__file__).parents[1] / "docs"
+    text = (documents / "performance.md").read_text() + (documents / "recipes.md").read_text()
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
     cache, options, common, *recipes = blocks
     assert len(recipes) == 4 and "pretrained_model_name_or_path" in common

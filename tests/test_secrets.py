@@ -10,11 +10,7 @@ import torch
 from helpers import make_trainer, small_config
 
 from diffusers_mixgrpo import MixGRPOConfig
-
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
-import report  # noqa: E402
+from diffusers_mixgrpo.commands.summary import write_summary
 
 
 SECRET = "SENTINEL"
@@ -69,7 +65,7 @@ def test_secrets_are_written_nowhere(tmp_path, pipeline_folder, monkeypatch, cap
     trainer.push_to_hub()
     script = type("Script", (), {})()
     script.api_key = f"{SECRET}-script"
-    summary = report.write_summary(trainer, script, {}, {}, seconds=1.0)
+    summary = write_summary(trainer, script, {}, {}, seconds=1.0)
     print(trainer.args, repr(trainer.args), summary, trainer.state.log_history)
     assert_no_secret(tmp_path / "output")
     printed = capfd.readouterr()

@@ -9,7 +9,7 @@
 Writes `results.md`, `results.json`, `results.png` and one file per run. Run the same command again to resume after an
 interruption: finished runs are kept.
 
-The shared settings are read from `configs/toy.yaml`. A method keeps its published settings
+The shared settings are read from the package's `commands/configs/toy.yaml`. A method keeps its published settings
 (`MixGRPOConfig.from_preset`), except for these, which are scaled to the toy's 10 steps:
 
 - The window keeps its share of the steps: 4 of 25 becomes 2 of 10. "All but the last step" stays the same.
@@ -47,6 +47,8 @@ from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, toy
+from diffusers_mixgrpo.commands.command_line import TOY_CONFIGURATION, flag, read_yaml
+from diffusers_mixgrpo.commands.figures import draw_by_window
 from diffusers_mixgrpo.presets import ACCELERATIONS, PRESETS
 
 
@@ -54,7 +56,6 @@ EXAMPLES = Path(__file__).parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
 from compare_report import TRAINING_PASSES, best_of, draw, in_markdown, set_against, summarize, title  # noqa: E402
-from report import draw_by_window, read_yaml  # noqa: E402
 
 
 METHODS = ("dancegrpo", "flow-grpo", "mixgrpo", "mixgrpo-flash", "mixgrpo-flash-star")
@@ -99,10 +100,6 @@ METHOD_SETTINGS = (
 RUN_SETTINGS = ("max_steps", "output_dir", "logging_steps", "logging_images_steps", "save_strategy", "report_to")
 
 
-def flag(help: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class CompareArguments:
     presets: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods to compare."})
@@ -137,7 +134,7 @@ class CompareArguments:
     num_validation_prompts: int = flag(
         "Number of training prompts that no run trains on, for the choice of the learning rate.", 128
     )
-    config: str = flag("YAML file of the shared settings.", str(EXAMPLES / "configs" / "toy.yaml"))
+    config: str = flag("YAML file of the shared settings.", str(TOY_CONFIGURATION))
     output_dir: str = flag("Folder for the results. outputs/compare or outputs/ablate_... if unset.", "")
 
     def __post_init__(self) -> None:
@@ -455,6 +452,7 @@ def train(settings: dict[str, Any], progress_bar: tqdm) -> dict[str, Any]:
             output_dir=folder,
             save_strategy="no",
             report_to="none",
+            logging_images_steps=None,
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
         )

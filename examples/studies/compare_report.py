@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import METHOD_NAMES, plt
+
+from diffusers_mixgrpo.commands.figures import plt
+from diffusers_mixgrpo.presets import METHOD_NAMES
 
 
 # Forward passes that a trained step costs: one forward, and a backward through frozen weights that costs as much.

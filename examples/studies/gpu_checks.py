@@ -7,7 +7,7 @@ nothing is downloaded. 80 GB of GPU memory, 64 GB of RAM, and bitsandbytes for t
 
 - `presets`: three iterations of each method.
 - `no-checkpointing`, `compile`, and `backend-<name>` for each attention backend: MixGRPO under one other option.
-- `recipe-24`, `recipe-48`, `recipe-80`: the recipes of docs/performance.md with as much memory as they are for, with
+- `recipe-24`, `recipe-48`, `recipe-80`: the recipes of docs/recipes.md with as much memory as they are for, with
   text encoders of full size.
 - `resume`: a run that is resumed from its first iteration's checkpoint against the same run left alone.
 
@@ -32,16 +32,17 @@ import torch
 import transformers
 import yaml
 
+from diffusers_mixgrpo.presets import METHOD_NAMES
+
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
 import benchmark_iteration as benchmark  # noqa: E402
 from benchmark_report import in_rows  # noqa: E402
-from report import METHOD_NAMES  # noqa: E402
 
 
-DOCUMENT = EXAMPLES.parent / "docs" / "performance.md"
+DOCUMENT = EXAMPLES.parent / "docs" / "recipes.md"
 BACKENDS = ("native", "_native_cudnn", "_native_flash", "_native_efficient")
 RECIPES = (24, 48, 80)
 SMALL = "--flux_dev_layers 1 1 --flux_dev_heads 1 --size 32 --max_sequence_length 12 --num_generations 2 "
@@ -102,12 +103,12 @@ def all_checks(backends: Sequence[str]) -> dict[str, list[str]]:
 
 
 def recipe_flags(document: str, gb: int) -> list[str]:
-    """A recipe of docs/performance.md as flags of `benchmark_iteration.py`."""
+    """A recipe of docs/recipes.md as flags of `benchmark_iteration.py`."""
     settings: dict[str, Any] = {}
     for title in ("All recipes begin with:", f"### {gb} GB"):
         block = re.search(rf"{re.escape(title)}$.*?^```yaml$(.*?)^```$", document, re.MULTILINE | re.DOTALL)
         if block is None:
-            raise ValueError(f"docs/performance.md must have a recipe under {title!r}, got none.")
+            raise ValueError(f"docs/recipes.md must have a recipe under {title!r}, got none.")
         settings |= yaml.safe_load(block[1])
     for name in NOT_NEEDED:
         settings.pop(name, None)

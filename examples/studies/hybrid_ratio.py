@@ -20,13 +20,14 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, PrinterCallback
 
 from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, hybrid_inference, toy
+from diffusers_mixgrpo.commands.command_line import read_yaml
+from diffusers_mixgrpo.commands.figures import plt
 
 
 EXAMPLES = Path(__file__).parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
 from compare_report import plus_minus, standard_error, table  # noqa: E402
-from report import plt, read_yaml  # noqa: E402
 
 
 REWARDS = {"true reward": toy.toy_reward, "redness": redness}

@@ -12,7 +12,6 @@ rewards and statistics.
 """
 
 import json
-import sys
 import tempfile
 import textwrap
 from collections.abc import Sequence
@@ -26,13 +25,9 @@ from PIL import Image
 from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
 
 from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, toy
+from diffusers_mixgrpo.commands.command_line import TOY_CONFIGURATION, read_yaml
+from diffusers_mixgrpo.commands.figures import plt
 from diffusers_mixgrpo.training.hacking_guard import IMAGES, SHIFT, HackingGuard
-
-
-EXAMPLES = Path(__file__).parents[1]
-sys.path.insert(0, str(EXAMPLES))
-
-from report import plt, read_yaml  # noqa: E402
 
 
 # Some of the held-out prompts
@@ -93,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_trainer(args: Arguments, folder: str) -> MixGRPOTrainer:
-    shared = read_yaml(EXAMPLES / "configs" / "toy.yaml")
+    shared = read_yaml(TOY_CONFIGURATION)
     steps_per_iteration = 2  # of 64 images
     config = MixGRPOConfig(
         **{name: shared[name] for name in SETTINGS},
@@ -110,6 +105,7 @@ def make_trainer(args: Arguments, folder: str) -> MixGRPOTrainer:
         output_dir=folder,
         save_strategy="no",
         report_to="none",
+        logging_images_steps=None,
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )

@@ -1,5 +1,6 @@
 """The table of what each field of [`MixGRPOConfig`] must be. What two fields must be together is checked there."""
 
+import dataclasses
 import functools
 import math
 import multiprocessing
@@ -44,21 +45,21 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
     settings_file = must_be.any_of(must_be.MAPPING, must_be.FILE)
     no_compile = "it would compile the model for training and not for sampling, and their log-probs would differ"
     no_compile += " by rounding; use compile_repeated_blocks=True"
-    no_tokens = "the model has no tokens"
-    # Older versions of transformers do not have these.
+    # Older versions of transformers do not have these, nor some of those without effect.
     newer = {
         "activation_checkpointing_kwargs": optional(must_be.MAPPING),
         "dataloader_multiprocessing_context": optional(must_be.choice(multiprocessing.get_all_start_methods())),
     }
+    fields = {field.name for field in dataclasses.fields(cls)}
     return must_be.rules_of(
         cls,
-        **{name: rule for name, rule in newer.items() if hasattr(cls, name)},
+        **{name: rule for name, rule in (newer | _without_effect()).items() if name in fields},
         # The sampler
         height=image_side,
         width=image_side,
         num_inference_steps=integer(2, 1000),
-        guidance_scale=number(0, 1000),
-        max_sequence_length=count,
+        guidance_scale=optional(number(0, 1000)),
+        max_sequence_length=optional(count),
         shift=optional(SCHEDULER_RULES["shift"]),
         **{name: SCHEDULER_RULES[name] for name in ("sde_type", "eta", "ode_solver", "solver_order")},
         **{name: SCHEDULER_RULES[name] for name in ("prefix_ratio", "suffix_ratio")},
@@ -110,8 +111,9 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
         eval_width=optional(image_side),
         eval_seed=seed,
         hacking_guard=must_be.choice(("off", "warn", "stop")),
-        logging_images_steps=optional(count),
-        num_logged_images=count,
+        logging_images_steps=optional(interval),
+        num_logged_prompts=count,
+        num_logged_seeds=count,
         model_init_kwargs=optional(must_be.MAPPING),
         # Speed and memory
         attention_backend=optional(_attention_backend()),
@@ -152,16 +154,10 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
         eval_delay=number(0),
         save_steps=interval,
         save_total_limit=optional(count),
-        torch_empty_cache_steps=optional(count),
-        eval_accumulation_steps=optional(count),
         # What has no meaning here, or breaks the training
         torch_compile=only(False, no_compile),
         torch_compile_mode=only(None, no_compile),
         torch_compile_backend=only(None, no_compile),
-        use_liger_kernel=only(False, "the kernels are for language models"),
-        neftune_noise_alpha=only(None, no_tokens),
-        include_num_input_tokens_seen=must_be.any_of(only(False, no_tokens), must_be.choice(["no"])),
-        label_smoothing_factor=must_be.Rule("0, since the model has no labels", number(0, 0).holds),
         enable_jit_checkpoint=only(False, "a checkpoint is saved on SIGTERM already, and is exact"),
         # Reports and processes
         report_to=_reports(),
@@ -182,6 +178,48 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
     )
 
 
+def _without_effect() -> dict[str, must_be.Rule]:
+    """Of `TrainingArguments`: what would be passed over in silence, and why. Each may only be its default."""
+    only = must_be.only
+    no_tokens = "the model has no tokens"
+    no_kernels = "the kernels are for language models"
+    no_labels = "rows are prompts, which have no labels"
+    no_predictions = "an evaluation returns rewards, not predictions"
+    no_lengths = "prompts are padded to one length, and their order is that of `shuffle_dataset`"
+    precision = "evaluations have the precision of training: use bf16=True or fp16=True"
+    return {
+        # Of language models
+        "use_liger_kernel": only(False, no_kernels),
+        "liger_kernel_config": only(None, no_kernels),
+        "use_cache": only(False, no_tokens),
+        "neftune_noise_alpha": only(None, no_tokens),
+        "include_num_input_tokens_seen": must_be.any_of(only(False, no_tokens), must_be.choice(["no"])),
+        "average_tokens_across_devices": only(True, no_tokens),
+        # Of supervised training
+        "label_smoothing_factor": must_be.Rule(f"0, since {no_labels}", must_be.number(0, 0).holds),
+        "label_names": only(None, no_labels),
+        "train_sampling_strategy": only("random", no_lengths + " (False for the dataset's own)"),
+        "length_column_name": only("length", no_lengths),
+        # Of predictions
+        "prediction_loss_only": only(False, no_predictions),
+        "eval_do_concat_batches": only(True, no_predictions),
+        "eval_use_gather_object": only(False, no_predictions),
+        "eval_accumulation_steps": only(None, no_predictions),
+        "include_for_metrics": only([], no_predictions),
+        "batch_eval_metrics": only(False, no_predictions),
+        "do_predict": only(False, f"{no_predictions}: use trainer.sample_images(prompts) for images"),
+        # Of precision, memory and processes
+        "bf16_full_eval": only(False, precision),
+        "fp16_full_eval": only(False, precision),
+        "torch_empty_cache_steps": only(
+            None, "training does not empty the cache: set `sample_batch_size` and `replay_batch_size` to save memory"
+        ),
+        "parallelism_config": only(
+            None, "tensor, context and sequence parallelism are not supported: use `fsdp` or `deepspeed` to shard"
+        ),
+    }
+
+
 def _attention_backend() -> must_be.Rule:
     names = [backend.value for backend in AttentionBackendName]
     legal = f"one of {', '.join(names)}"
@@ -195,7 +233,7 @@ def _reports() -> must_be.Rule:
 
 
 def _debug_options() -> must_be.Rule:
-    option = must_be.rule_of(DebugOption)
+    option = must_be.choice([DebugOption.UNDERFLOW_OVERFLOW.value])  # the other one is of a loop that is not run
     words = must_be.Rule(
         f"words that are each {option.legal}",
         lambda value: isinstance(value, str) and all(option.holds(word) for word in value.split()),

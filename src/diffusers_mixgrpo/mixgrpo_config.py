@@ -35,6 +35,8 @@ _OPTIMIZERS_OF_MODELS = {
     "lomo": "lomo_optim",
     "adalomo": "lomo_optim",
 }
+# Learning rates that follow `metric_for_best_model`
+_METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 _QUANTIZATION_KEYS = ("quant_backend", "quant_kwargs", "components_to_quantize")
 
 
@@ -63,10 +65,14 @@ class MixGRPOConfig(TrainingArguments):
             Width of the training images in pixels.
         num_inference_steps (`int`, defaults to 25):
             Sampling steps `T`.
-        guidance_scale (`float`, defaults to 3.5):
-            Guidance scale, as in the pipeline's `__call__`.
-        max_sequence_length (`int`, defaults to 512):
-            Text tokens per prompt.
+        guidance_scale (`float`, *optional*):
+            Guidance scale, as in the pipeline's `__call__`, in training and evaluation. Defaults to the pipeline's own
+            default, such as 3.5 of FLUX.1. Where it means classifier-free guidance, each step takes two forward
+            passes, in the rollout and in training; a value that switches it off (1, of Z-Image 0) saves the second.
+        max_sequence_length (`int`, *optional*):
+            Text tokens per prompt. Defaults to the pipeline's own default.
+        negative_prompt (`str`, *optional*):
+            The negative prompt of classifier-free guidance. Defaults to an empty one. Pipelines without it refuse it.
         shift (`float`, *optional*):
             Static timestep shift, in training and evaluation. `None` keeps the times at which the pipeline's own
             scheduler samples (for many models a shift that depends on the image size), so that the policy is
@@ -228,11 +234,15 @@ class MixGRPOConfig(TrainingArguments):
             What to do when the reward rises on held-out prompts while a reward of `eval_reward_funcs` falls or a
             statistic of the images moves, compared with the first evaluation: `"warn"`, `"stop"` the training after
             that evaluation, or `"off"`. See [`~training.hacking_guard.find_alarms`].
-        logging_images_steps (`int`, *optional*):
-            Save a grid of the samples with their rewards to `output_dir/images` at this interval of optimizer steps.
-            `None`: never.
-        num_logged_images (`int`, defaults to 16):
-            Images in such a grid.
+        logging_images_steps (`float`, *optional*, defaults to 0.2):
+            Interval of sample grids, in optimizer steps or, below 1, as a share of the run. A grid shows the same
+            prompts and seeds each time, sampled as in evaluations and scored; it is saved in `output_dir/images` and
+            sent to the trackers of `report_to`. The first one is that of the first iteration, the last one that of
+            the trained weights. `None`: never.
+        num_logged_prompts (`int`, defaults to 4):
+            Prompts of a grid: the first ones of the evaluation dataset, or of the training dataset without one.
+        num_logged_seeds (`int`, defaults to 2):
+            Images of each of these prompts.
         model_init_kwargs (`dict`, *optional*):
             Passed to the pipeline's `from_pretrained` when the trainer is given a path.
 
@@ -294,8 +304,16 @@ class MixGRPOConfig(TrainingArguments):
     height: int = field(default=720, metadata={"help": "Height of the training images in pixels."})
     width: int = field(default=720, metadata={"help": "Width of the training images in pixels."})
     num_inference_steps: int = field(default=25, metadata={"help": "Sampling steps T."})
-    guidance_scale: float = field(default=3.5, metadata={"help": "Guidance scale, as in the pipeline's `__call__`."})
-    max_sequence_length: int = field(default=512, metadata={"help": "Text tokens per prompt."})
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "Guidance scale, as in the pipeline's `__call__`. If not set, the pipeline's own default."},
+    )
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "Text tokens per prompt. If not set, the pipeline's own default."}
+    )
+    negative_prompt: str | None = field(
+        default=None, metadata={"help": "Negative prompt of classifier-free guidance. An empty one if not set."}
+    )
     shift: float | None = field(
         default=None,
         metadata={"help": "Static timestep shift (the paper's runs: 3). If not set, the pipeline's own schedule."},
@@ -406,10 +424,11 @@ class MixGRPOConfig(TrainingArguments):
         default="warn",
         metadata={"help": "When evaluations look as if the reward was exploited: warn, stop or off."},
     )
-    logging_images_steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps between saved sample grids."}
+    logging_images_steps: float | None = field(
+        default=0.2, metadata={"help": "Interval of sample grids: optimizer steps, or a share of the run below 1."}
     )
-    num_logged_images: int = field(default=16, metadata={"help": "Images in a sample grid."})
+    num_logged_prompts: int = field(default=4, metadata={"help": "Prompts of a sample grid."})
+    num_logged_seeds: int = field(default=2, metadata={"help": "Images of each prompt of a sample grid."})
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Passed to the pipeline's from_pretrained, as JSON."}
     )
@@ -446,12 +465,20 @@ class MixGRPOConfig(TrainingArguments):
         needs_metric = (
             needs_metric or self.eval_strategy != "no"
         )  # so that `save_total_limit` keeps the best checkpoint
-        needs_metric = needs_metric or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        needs_metric = needs_metric or self.lr_scheduler_type in _METRIC_SCHEDULES
         if needs_metric and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"  # the Trainer's own fallback, the loss, is meaningless here
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # each trained weight contributes to each velocity
+        if self.lr_scheduler_type in _METRIC_SCHEDULES and self.eval_strategy == "no":
+            raise ValueError(
+                f"`eval_strategy` must be 'steps' or 'epoch' with lr_scheduler_type={self.lr_scheduler_type!s}, which "
+                "follows a metric of evaluations, got 'no'. Set it, or choose another `lr_scheduler_type`."
+            )
         super().__post_init__()
+        if self.lr_scheduler_type in _METRIC_SCHEDULES:
+            mode = "max" if self.greater_is_better else "min"  # theirs is "min", for a loss
+            self.lr_scheduler_kwargs = {"mode": mode} | (self.lr_scheduler_kwargs or {})  # type: ignore[operator]
         # With ZeRO-3 transformers would shard all models that are loaded from here on. But text encoders and rewards
         # run outside DeepSpeed's engine and stay whole, and the engine itself shards the transformer.
         unset_hf_deepspeed_config()
@@ -459,6 +486,7 @@ class MixGRPOConfig(TrainingArguments):
         MixedODESDEScheduler(**self.scheduler_arguments())  # checks `eta` with `sde_type`, ...
         self.ode_cache_config()
         self._validate_combinations()
+        self._validate_training_arguments()
         self._validate_speed_and_memory()
         self._validate_batch_arithmetic()
         if self.deepspeed is None:  # whose configuration may have its own
@@ -601,11 +629,15 @@ class MixGRPOConfig(TrainingArguments):
     def __deepcopy__(self, memo: dict[int, Any]) -> "MixGRPOConfig":
         return self._with_state(copy.deepcopy(self.__dict__, memo))
 
+    def without_secrets(self) -> "MixGRPOConfig":
+        """A copy in which secrets are `None`, for reports that read the arguments themselves."""
+        return self._with_state(self.__getstate__())
+
     def to_dict(self) -> dict[str, Any]:
-        return super(MixGRPOConfig, self._with_state(self.__getstate__())).to_dict()
+        return super(MixGRPOConfig, self.without_secrets()).to_dict()
 
     def __str__(self) -> str:
-        return super(MixGRPOConfig, self._with_state(self.__getstate__())).__str__()
+        return super(MixGRPOConfig, self.without_secrets()).__str__()
 
     __repr__ = __str__
 
@@ -685,6 +717,30 @@ class MixGRPOConfig(TrainingArguments):
             raise ValueError(
                 "`metric_for_best_model` must be a metric of the trained weights without `ema_decay`, got "
                 f"{self.metric_for_best_model!r}. Set `ema_decay`, or use {metric.removeprefix('ema_')!r}."
+            )
+
+    def _validate_training_arguments(self) -> None:
+        """Refuse what the Trainer would take and this training would pass over, or fail on later."""
+        # Where transformers has both names, it gives both the same value.
+        checkpointing = self.gradient_checkpointing_kwargs
+        if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs` (or `activation_checkpointing_kwargs`) must have "
+                "use_reentrant=False, since the reentrant kind gives no gradient where a block's inputs need none, as with a LoRA, got "
+                f"{must_be.shown(checkpointing)}. Leave it out."
+            )
+        for name in ("split_batches", "dispatch_batches"):
+            if value := getattr(self.accelerator_config, name):
+                raise ValueError(
+                    f"`accelerator_config` must leave {name} at its default, since each process takes whole groups of "
+                    f"its own prompts, got {name}={value!r}. Leave it out."
+                )
+        is_of_model = str(getattr(self.optim, "value", self.optim)).startswith(tuple(_OPTIMIZERS_OF_MODELS))
+        if self.optim_target_modules is not None and not is_of_model:
+            raise ValueError(
+                "`optim_target_modules` must be None with an optimizer that does not project gradients, got "
+                f"{must_be.shown(self.optim_target_modules)} with optim={self.optim!s}. For the layers of a LoRA use "
+                "`target_modules` of the `peft_config`."
             )
 
     def _validate_speed_and_memory(self) -> None:

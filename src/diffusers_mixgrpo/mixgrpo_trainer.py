@@ -2,22 +2,19 @@
 
 import math
 import os
-import shutil
 import signal
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers import ProgressCallback, TrainerCallback, set_seed
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .core.advantages import normalize_weights
@@ -27,18 +24,14 @@ from .policies.base import require_multiple
 from .policies.loading import load_pipeline
 from .policies.preparation import check_prepared, place_components, prepare_pipeline, rename_gradient_checkpointing
 from .policies.prompt_embeds import cache_prompts
-from .policies.trained_weights import (
-    EMA_FOLDER,
-    gather_trained_weights,
-    load_trained_weights,
-    save_trained_weights,
-)
 from .reports.model_card import mixgrpo_model_card
-from .reports.sample_grid import save_sample_grid
+from .reports.run_folder import RunFolder, run_facts, save_samples
+from .reports.sample_grid import draw_samples
+from .reports.trackers import prepare_trackers, send_samples
 from .rewards import load_reward
-from .rewards.runner import RewardError, RewardFunc, RewardRunner, reward_names
+from .rewards.runner import RewardFunc, RewardRunner, reward_names
 from .training.callbacks import IterationCallback, RewardProgressCallback
-from .training.checkpoints import ROLLOUT_NAME, STATE_NAME, clean_up, find_checkpoint, publish, staging_folder
+from .training.checkpoints import ROLLOUT_NAME
 from .training.datasets import check_dataset, evaluations
 from .training.ema import EMAWeights
 from .training.engine import Engine, Rollout, TrainingBatch, make_scheduler
@@ -48,17 +41,19 @@ from .training.hacking_guard import HackingGuard
 from .training.interruptions import Interruptions, StopOnAllRanks
 from .training.memory import find_pass_size
 from .training.metrics import MetricBuffer, by_place
-from .training.nonfinite import NonFiniteError, NonFiniteSteps, finite_weights, gradient_norm
+from .training.nonfinite import NonFiniteSteps, gradient_norm
 from .training.plan import IterationPlan, PromptDataset, PromptSampler, Row, prompts_of_run
 from .training.preflight import preflight
 from .training.preflight_report import PreflightReport
+from .training.samples import Sample, SampleGroup, Samples, are_due, extreme_groups, fixed_rows, sample_fixed
+from .training.saving import ON_ALL_RANKS, SavingTrainer
 from .training.sharding import check_launch, use_autocast_in_deepspeed
 
 
 logger = logging.get_logger(__name__)
 
 
-class MixGRPOTrainer(Trainer):
+class MixGRPOTrainer(SavingTrainer):
     """
     Trainer for MixGRPO (https://arxiv.org/abs/2507.21802): a [`~transformers.Trainer`] of a pipeline's transformer.
 
@@ -146,6 +141,7 @@ class MixGRPOTrainer(Trainer):
         funcs = _as_list(reward_funcs)
         eval_funcs = [] if eval_reward_funcs is None else _as_list(eval_reward_funcs)
         _check_arguments(args, model, funcs, eval_funcs, peft_config)
+        _check_evaluation(args, eval_dataset)
         check_dataset("train_dataset", train_dataset)
         for name, part in evaluations(eval_dataset).items():
             check_dataset(name, part)
@@ -159,7 +155,10 @@ class MixGRPOTrainer(Trainer):
         settings = args.reward_timeout, args.device, args.offload_rewards
         rewards = RewardRunner(self.reward_funcs, *settings)
         eval_rewards = RewardRunner(self.eval_reward_funcs, *settings) if eval_funcs else None
-        _check_names(rewards.names, eval_rewards.names if eval_rewards is not None else [])
+        eval_names = eval_rewards.names if eval_rewards is not None else []
+        _check_names(rewards.names, eval_names)
+        if args.eval_strategy != "no":
+            _check_metric(args, eval_dataset, [*rewards.names, *eval_names])
 
         # 3. The pipeline, whose transformer is the model to train
         self.pipe = load_pipeline(model, args, with_lora=peft_config is not None)
@@ -170,6 +169,7 @@ class MixGRPOTrainer(Trainer):
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             max_sequence_length=args.max_sequence_length,
+            negative_prompt=args.negative_prompt,
         )
         for name, size in (("eval_height", args.eval_height), ("eval_width", args.eval_width)):
             if size is not None:
@@ -204,11 +204,24 @@ class MixGRPOTrainer(Trainer):
         self.add_callback(self._iteration_callback)
         if args.hacking_guard != "off":
             self.add_callback(HackingGuard)
+        prepare_trackers(self.callback_handler.callbacks, self.pipe.transformer, args)
+        eval_names = eval_rewards.names if eval_rewards is not None else []
+        facts = run_facts(
+            policy,
+            args,
+            self.weights,
+            rewards.names,
+            self.engine.reward_weights.tolist(),
+            eval_names,
+            self.accelerator.num_processes,
+        )
+        self.add_callback(RunFolder(args.output_dir, facts))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RewardProgressCallback)
         place_components(self.pipe, args, stay=policy.text_encoders if args.cache_prompt_embeds else ())
+        self._fixed_rows, self._fixed_seeds = self._rows_to_look_at()
         if args.cache_prompt_embeds:
-            parts = evaluations(eval_dataset).values()
+            parts = [*evaluations(eval_dataset).values(), self._fixed_rows]
             prompts = prompts_of_run(args, train_dataset, parts, self.accelerator.num_processes)
             # Of several processes on a machine the first one encodes, and the others read its files.
             with args.main_process_first(desc="encoding the prompts"):
@@ -279,20 +292,12 @@ class MixGRPOTrainer(Trainer):
                     if self.ema is not None:
                         self.ema.restore()
                     others = None
-                    if not isinstance(error, _ON_ALL_RANKS):
+                    if not isinstance(error, ON_ALL_RANKS):
                         others = self._faults.report(error, f"after {self.state.global_step} optimizer steps")
                     self._save_after(error)
                 if others is not None and isinstance(error, Exception):
                     raise RankError(others) from error
                 raise
-
-    def _find_checkpoint(self, given: str | bool | None) -> str | None:
-        """The checkpoint to resume from, chosen by the first rank for all of them."""
-        if self.is_local_process_zero():
-            clean_up(self.args.output_dir)
-        self.accelerator.wait_for_everyone()
-        found = [find_checkpoint(given, self.args.output_dir) if self.is_world_process_zero() else None]
-        return broadcast_object_list(found)[0]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Overridden since the Trainer takes a step before it looks whether the run is finished already.
@@ -300,6 +305,9 @@ class MixGRPOTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+        is_last = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
+        if is_last and self.args.logging_images_steps is not None:
+            self._log_images(self._sample_fixed(), groups=[])
 
     def _forget_iteration(self) -> None:
         """Drop everything of an earlier run, which may have been interrupted."""
@@ -350,12 +358,6 @@ class MixGRPOTrainer(Trainer):
             self.metrics.add({f"time/{phase}": seconds for phase, seconds in self.engine.timer.pop().items()})
         return trained.loss
 
-    def _release_signals(self) -> None:
-        """Raise the exception of a signal that came during the optimizer step."""
-        # Sharded weights can only be saved by all ranks together, so signals wait until all ranks know of them.
-        if not self.engine.is_sharded:
-            self.interruptions.release()
-
     def _stop_if_asked(self) -> None:
         """Raise the exception of a signal that came during the optimizer step, on all ranks of a sharded run."""
         self._release_signals()
@@ -369,7 +371,12 @@ class MixGRPOTrainer(Trainer):
         """Sample and log the images of an iteration, or go on with those of an interrupted one."""
         if is_resuming and (restored := self._restore_rollout(plan)) is not None:
             return restored
+        # Before the rollout, which may hold the activations of its forward passes until it is trained on
+        is_due = are_due(self.args, self.state.global_step, self.state.max_steps)
+        fixed = self._sample_fixed() if is_due else []
         rollout = self.engine.roll_out(plan, self._inference_model)
+        if is_due:
+            self._log_images(fixed, extreme_groups(self.engine, rollout))
         self.metrics.add(rollout.statistics)
         self.metrics.add(by_place({"reward_std": rollout.statistics["reward_std"]}, plan))
         if count := int(rollout.statistics["nonfinite/images"]):
@@ -377,7 +384,6 @@ class MixGRPOTrainer(Trainer):
                 f"Step {self.state.global_step}: {count} images of iteration {plan.iteration} were infinite or NaN "
                 f"and are left out. Prompts on this process: {plan.prompts}."
             )
-        self._save_images(rollout)
         return rollout
 
     def _restore_rollout(self, plan: IterationPlan) -> Rollout | None:
@@ -514,6 +520,21 @@ class MixGRPOTrainer(Trainer):
         seeds = [self.args.eval_seed + i for i in range(len(prompts))] if seeds is None else seeds
         return self.evaluator.sample_images(prompts, seeds, self._inference_model)
 
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not part of this trainer, whose model predicts velocities: see [`sample_images`] and [`evaluate`]."""
+        raise NotImplementedError(
+            "`predict` is not part of this trainer, whose model predicts velocities. Use "
+            "trainer.sample_images(prompts) for images, or trainer.evaluate(dataset) for their rewards."
+        )
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not part of this trainer, which trains the pipeline that it was given: make a trainer per trial."""
+        raise NotImplementedError(
+            "`hyperparameter_search` is not part of this trainer, which trains the pipeline that it was given. Make a "
+            "trainer with a new pipeline for each setting, for example in the objective of an optuna study, and "
+            "compare trainer.evaluate()['eval_reward'] after trainer.train()."
+        )
+
     # ---- Logging ----
 
     @property
@@ -525,198 +546,30 @@ class MixGRPOTrainer(Trainer):
         logs.update(self.metrics.pop())
         super().log(logs, start_time)
 
-    def _save_images(self, rollout: Rollout) -> None:
-        # In the first iteration at or after each multiple of `logging_images_steps`
-        args = self.args
+    def _rows_to_look_at(self) -> tuple[list[Row], list[int]]:
+        """The rows and seeds of sample grids, from the first evaluation dataset or else the training dataset."""
+        parts = [*evaluations(self.eval_dataset).values(), self.train_dataset]
+        dataset = next((part for part in parts if part is not None), None)
+        if dataset is None or self.args.logging_images_steps is None:
+            return [], []
+        return fixed_rows(self.args, dataset)
+
+    def _sample_fixed(self) -> list[Sample]:
+        """Images of the fixed prompts and seeds by the current policy. All ranks take part."""
+        return sample_fixed(self.evaluator, self._fixed_rows, self._fixed_seeds, self._inference_model)
+
+    def _log_images(self, fixed: list[Sample], groups: list[SampleGroup]) -> None:
+        """Draw, save and send what there is to see at this step."""
+        if not self.is_world_process_zero():
+            return
         step = self.state.global_step
-        if args.logging_images_steps is None or step % args.logging_images_steps >= args.optimizer_steps_per_iteration:
-            return
-        if self.is_world_process_zero():
-            count = min(args.num_logged_images, len(rollout.images))
-            captions = [row["prompt"] for row in rollout.rows[:count]]
-            for name, scores in zip(self.reward_names, rollout.rewards.tolist(), strict=True):
-                captions = [f"{text} {name}={scores[i]:.3g}" for i, text in enumerate(captions)]
-            columns = args.num_generations if args.num_generations <= 12 else 8
-            path = os.path.join(args.output_dir, "images", f"step_{step:06d}.png")
-            try:
-                save_sample_grid(rollout.images[:count], captions, path, columns)
-            except OSError as error:  # such as a full disk: no reason to lose the run
-                logger.warning(f"The sample grid {path} could not be written: {error}")
-
-    # ---- Saving and loading ----
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # Overridden since the Trainer saves nothing with FSDP and a sharded state dict, nor with ZeRO-3 by default.
-        if not self.engine.is_sharded:
-            super().save_model(output_dir, _internal_call)
-            return
-        self._save(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        # Overridden to write the files that diffusers loads. All ranks come here and gather, and one of them writes.
-        if self.engine.is_sharded:
-            state_dict = gather_trained_weights(self.pipe.transformer, keep=self.args.should_save)
-        if not self.args.should_save:
-            return
-        output_dir = self.args.output_dir if output_dir is None else output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        save_trained_weights(self.pipe, output_dir, self.weights, state_dict)
-        if self.ema is not None:
-            with self.ema.applied():
-                save_trained_weights(self.pipe, os.path.join(output_dir, EMA_FOLDER), self.weights)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Overridden to read the files of `_save`.
-        if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_trained_weights(self.pipe, resume_from_checkpoint, self.weights)
-        if self.ema is None:
-            return
-        folder = os.path.join(resume_from_checkpoint, EMA_FOLDER)
-        if os.path.isdir(folder):
-            with self.ema.applied():
-                load_trained_weights(self.pipe, folder, self.weights)
-        else:
-            self.ema.restart()
-            logger.warning(
-                f"{resume_from_checkpoint} has no moving average: it was saved without `ema_decay`. The average "
-                "starts at the weights of the checkpoint."
-            )
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        # Overridden to say what the Trainer passes over in silence.
-        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
-        if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, name)):
-            logger.warning(
-                f"The checkpoint has no {name}: it is one of another number of processes than {self.args.world_size}. "
-                "Resuming is not exact: this process draws other random numbers, and prompts are shared differently."
-            )
-        super()._load_rng_state(checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
-            return super()._load_best_model()
-        assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint, self.model_wrapped)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Overridden so that a checkpoint is whole or not there, and never holds weights that are not finite.
-        self._release_signals()
-        if not all(self.engine.gather(torch.tensor([finite_weights(self.engine.trained_parameters)]))):
-            raise NonFiniteError(
-                f"The weights are infinite or NaN after {self.state.global_step} optimizer steps, and are not saved. "
-                "Resume from the last checkpoint with a lower `learning_rate`."
-            )
-        self.store_flos()
-        final = self._checkpoint_folder(self.state.global_step)
-        self._write_checkpoint(final)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            publish(final)
-        self.accelerator.wait_for_everyone()
-        if self.is_local_process_zero() and os.path.isdir(staging_folder(final)):
-            publish(final)  # a machine whose disk the first process does not see
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(final)
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=self.args.output_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _checkpoint_folder(self, step: int) -> str:
-        return os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-
-    def _write_checkpoint(self, final: str) -> None:
-        """Write this rank's files of a checkpoint into its staging folder. Those of sharded weights need all ranks."""
-        staged = staging_folder(final)
+        samples = Samples(step, self.state.max_steps, fixed, self.args.num_logged_seeds, groups)
+        grid = draw_samples(samples)
         try:
-            self.save_model(staged, _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(staged)
-                self._save_scaler(staged)
-                self._write_own_state(staged)
-            best = self._checkpoint_folder(self.state.best_global_step or -1)
-            if best == final or os.path.isdir(best):
-                self.state.best_model_checkpoint = best
-            if self.args.should_save:
-                self._export_callbacks()
-                self.state.save_to_json(os.path.join(staged, STATE_NAME))
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)  # on a full disk, its space may be what is missing
-            raise
-
-    def _write_own_state(self, folder: str) -> None:
-        """Write what each rank has of its own: the state of its random numbers, and an iteration's images."""
-        self._save_rng_state(folder)
-        if self.state.global_step % self.args.optimizer_steps_per_iteration and self.rollout is not None:
-            path = os.path.join(folder, ROLLOUT_NAME.format(rank=self.args.process_index))
-            torch.save(self.rollout.state_dict(), path)
-
-    def _export_callbacks(self) -> None:
-        """Put the state of callbacks that have one into the trainer's, where `_load_callback_state` finds it."""
-        states: dict[str, list[dict[str, Any]]] = {}
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                states.setdefault(type(callback).__name__, []).append(callback.state())
-        exported = {name: values[0] if len(values) == 1 else values for name, values in states.items()}
-        self.state.stateful_callbacks = exported  # type: ignore[assignment]  # its annotation is that of the argument
-
-    def _save_after(self, error: BaseException) -> None:
-        """Save a checkpoint to resume from after `error`, and say so in the error."""
-        step = self.state.global_step
-        callback = self._iteration_callback
-        if callback.first_step is None or step <= callback.first_step:
-            return  # nothing was trained that an older checkpoint does not have
-        folder = self._checkpoint_folder(step)
-        is_saved = callback.saved_step == step
-        reason = f"optimizer step {step + 1} was not finished" if callback.is_updating else ""
-        if not is_saved and not reason:
-            try:
-                is_saved = self._save_together(error) or self._save_alone(folder)
-                reason = "they are spread over processes, of which one has failed"
-            except Exception as failure:
-                reason = repr(failure)
-        note = f"The weights after {step} optimizer steps could not be saved: {reason}."
-        if is_saved:
-            note = (
-                f"The weights after {step} optimizer steps are saved in {folder}. Resume with "
-                f"trainer.train(resume_from_checkpoint={folder!r})."
-            )
-        error.add_note(note)
-        if not isinstance(error, Exception):
-            logger.warning(f"Stopped by {error!r}. {note}")  # Python shows no notes of SystemExit
-
-    def _save_together(self, error: BaseException) -> bool:
-        """Save as in training, if all ranks have come to this error."""
-        if not isinstance(error, _ON_ALL_RANKS):
-            return False
-        self._save_checkpoint(self.model_wrapped, trial=None)
-        return True
-
-    def _save_alone(self, folder: str) -> bool:
-        """Save without collectives, which ranks that have failed may not answer: each writes what it has."""
-        if self.engine.is_sharded:
-            return False
-        if not finite_weights(self.engine.trained_parameters):
-            raise NonFiniteError("they are infinite or NaN")
-        staged = staging_folder(folder)
-        if self.is_world_process_zero():
-            self._write_checkpoint(folder)
-            publish(folder)
-            self._faults.announce(_PUBLISHED)
-        elif not self.args.save_only_model:
-            own = f"{staged}-{self.args.process_index}"
-            self._write_own_state(own)
-            # The first rank may be done, or may come to its own error only when this process has ended.
-            shutil.copytree(own, folder if self._faults.wait_for(_PUBLISHED) else staged, dirs_exist_ok=True)
-            shutil.rmtree(own)
-        return True
+            save_samples(samples, grid, self.args.output_dir)
+        except OSError as error:  # such as a full disk: no reason to lose the run
+            logger.warning(f"The images of step {step} could not be written to {self.args.output_dir}: {error}")
+        send_samples(self.callback_handler.callbacks, samples, grid)
 
     # ---- Hub ----
 
@@ -748,15 +601,7 @@ class MixGRPOTrainer(Trainer):
         )
         card.save(os.path.join(self.args.output_dir, "README.md"))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Overridden since the Trainer copies files of its own names from the checkpoint; these are written anew.
-        self._save(self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
 
-
-# Errors that all ranks raise together
-_ON_ALL_RANKS = (RewardError, NonFiniteError, StopOnAllRanks)
-_PUBLISHED = "published"
 _MERGE_NEEDS_LORA = "`merge_lora` must be False without a LoRA, got True. Pass a `peft_config`, or leave it False."
 
 
@@ -773,6 +618,36 @@ def _check_names(trained: Sequence[str], others: Sequence[str]) -> None:
         )
 
 
+def _check_evaluation(args: MixGRPOConfig, eval_dataset: PromptDataset | dict[str, PromptDataset] | None) -> None:
+    """Refuse evaluations without prompts."""
+    if eval_dataset is not None:
+        return
+    for name, default in (("eval_strategy", "no"), ("eval_on_start", False)):
+        if (value := getattr(args, name)) != default:
+            raise ValueError(
+                f"`{name}` must be {default!r} without an `eval_dataset`, got {value!r}. Pass prompts to evaluate, or "
+                "leave it out."
+            )
+
+
+def _check_metric(
+    args: MixGRPOConfig, eval_dataset: PromptDataset | dict[str, PromptDataset] | None, names: Sequence[str]
+) -> None:
+    """Refuse a metric that no evaluation with rewards of these names has."""
+    prefixes = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+    known = ["reward", *(f"rewards/{name}/mean" for name in names)]
+    known = list(dict.fromkeys(["reward", *(prefix + metric for prefix in prefixes for metric in known)]))
+    metric = (args.metric_for_best_model or "reward").removeprefix("eval_")
+    own = next((prefix for prefix in prefixes if metric.startswith(f"{prefix}ema_")), "")
+    if args.ema_decay is not None:
+        metric = own + metric.removeprefix(own).removeprefix("ema_")
+    if metric not in known:
+        raise ValueError(
+            f"`metric_for_best_model` must be one of {', '.join(known)}, got {args.metric_for_best_model!r}, which no "
+            "evaluation has. Change it, or leave it out for 'reward'."
+        )
+
+
 def _check_arguments(
     args: MixGRPOConfig,
     model: DiffusionPipeline | str | os.PathLike,
@@ -781,6 +656,11 @@ def _check_arguments(
     peft_config: PeftConfig | None,
 ) -> None:
     """Refuse arguments that cannot work together."""
+    if not reward_funcs:
+        raise ValueError(
+            "`reward_funcs` must have at least one reward, got an empty list. Pass a function "
+            "`reward(prompts, images, **columns) -> list[float | None]`, or a name such as 'hpsv2'."
+        )
     check_launch(args)
     if args.n_gpu > 1:
         raise ValueError(

@@ -7,6 +7,15 @@ The published methods as configurations, what [`MixGRPOConfig.from_preset`] star
 from typing import Any
 
 
+# Preset -> the method's name in its paper
+METHOD_NAMES = {
+    "dancegrpo": "DanceGRPO",
+    "flow-grpo": "Flow-GRPO",
+    "mixgrpo": "MixGRPO",
+    "mixgrpo-flash": "MixGRPO-Flash",
+    "mixgrpo-flash-star": "MixGRPO-Flash*",
+}
+
 # Common to all: the comparison in the MixGRPO paper (arXiv 2507.21802) and its released scripts, on FLUX.1-dev.
 _PAPER: dict[str, Any] = {
     "num_inference_steps": 25,

@@ -9,19 +9,14 @@ import re
 import socket
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from diffusers_mixgrpo.commands import serve_rewards
 from diffusers_mixgrpo.rewards import load_reward
 from diffusers_mixgrpo.rewards.remote import RemoteReward, RemoteRewardError, finite
-
-
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
-
-import serve_rewards  # noqa: E402
 
 
 KEY = "tok-verySecret-0123456789"

@@ -1,7 +1,6 @@
 """The toy's captions and rewards, on images that are drawn here and therefore have a known content."""
 
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -151,13 +150,6 @@ def test_faint_and_tiny_objects_score_less():
     tiny = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS["white"])
     ImageDraw.Draw(tiny).ellipse([29, 29, 34, 34], fill=COLORS["red"])
     assert score(text, tiny) < 0.4
-
-
-def test_without_scipy_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    image = Image.new("RGB", (SIZE, SIZE), (1, 2, 3))  # an image that no other test judges: judgments are cached
-    with pytest.raises(ImportError, match=r'need scipy .*`pip install "diffusers-mixgrpo\[demo\]"`'):
-        toy.toy_reward(CAPTIONS[:1], [image])
 
 
 def test_misdescribe_changes_the_asked_share_of_words():

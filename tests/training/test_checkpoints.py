@@ -196,7 +196,7 @@ def test_a_full_disk_does_not_hide_the_error(make, tmp_path, monkeypatch):
 
 
 def test_the_last_checkpoint_goes_after_the_new_one_stands(make, tmp_path, monkeypatch):
-    from diffusers_mixgrpo import mixgrpo_trainer
+    from diffusers_mixgrpo.training import saving
 
     seen = []
 
@@ -204,8 +204,8 @@ def test_the_last_checkpoint_goes_after_the_new_one_stands(make, tmp_path, monke
         seen.append(sorted(name for name in os.listdir(output_dir) if is_whole(Path(output_dir, name))))
         rotate_checkpoints(output_dir, **kwargs)
 
-    rotate_checkpoints = mixgrpo_trainer.rotate_checkpoints
-    monkeypatch.setattr(mixgrpo_trainer, "rotate_checkpoints", rotate)
+    rotate_checkpoints = saving.rotate_checkpoints
+    monkeypatch.setattr(saving, "rotate_checkpoints", rotate)
     make(save_strategy="steps", save_steps=2, save_total_limit=1).train()
     assert seen == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"]]
     assert [path.name for path in (tmp_path / "output").glob("checkpoint*")] == ["checkpoint-4"]

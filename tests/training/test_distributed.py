@@ -65,6 +65,23 @@ def test_evaluations_do_not_depend_on_the_number_of_processes(records, tmp_path)
             assert value == pytest.approx(expected[name], abs=0.01), name
 
 
+def test_images_come_from_both_processes(records, tmp_path):
+    """Those of fixed prompts are shared out, and the best and the worst group are those of all processes."""
+    samples = records[0]["straight"]["samples"]
+    images = make_trainer(tmp_path).sample_images([row["prompt"] for row in PROMPTS[:3]])
+    assert [sample["prompt"] for sample in samples[0]["samples"]] == [row["prompt"] for row in PROMPTS[:3]]
+    rewards = [sample["reward"] for sample in samples[0]["samples"]]
+    assert rewards == pytest.approx(redness([], images), abs=1 / 255)  # batches of other sizes, as above
+    for iteration in range(2):
+        means = [record["straight"]["rewards"][iteration] for record in records]
+        groups = {group["which"]: group for group in samples[iteration]["groups"]}
+        for which, expected in (("best", max(means)), ("worst", min(means))):
+            own = groups[which]["images"]
+            assert sum(image["reward"] for image in own) / len(own) == pytest.approx(expected)
+            rank = means.index(expected)
+            assert groups[which]["prompt"] == records[rank]["straight"]["prompts"][iteration][0]
+
+
 def test_metrics_are_means_over_both_processes(records):
     rewards = zip(*(record["straight"]["rewards"] for record in records), strict=True)
     expected = [(first + second) / 2 for first, second in rewards]
@@ -152,9 +169,13 @@ def main(folder: Path) -> None:
         return {name: value for name, value in trainer.evaluate().items() if "runtime" not in name}
 
     records = {}
-    trainer = make("straight", save_strategy="steps", save_steps=2, ema_decay=0.5)
+    images = {"logging_images_steps": 2, "num_logged_seeds": 1}  # three of them, for two processes
+    trainer = make("straight", save_strategy="steps", save_steps=2, ema_decay=0.5, **images)
     trainer.train()
     records["straight"] = record(trainer) | {"evaluation": metrics_of(trainer)}
+    trainer.accelerator.wait_for_everyone()
+    written = [folder / "straight" / "images" / f"step_{step:06d}.json" for step in (0, 2, 4)]
+    records["straight"]["samples"] = [json.loads(path.read_text()) for path in written]
     records["before training"] = metrics_of(make_trainer(folder / "evaluated", **EVALUATED))
 
     trainer = make("resumed", ema_decay=0.5)

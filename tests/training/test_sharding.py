@@ -128,6 +128,9 @@ def test_resuming_is_exact(runs, kind):
     assert straight.keys() == resumed.keys() == halfway.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
     assert not all(torch.equal(value, halfway[name]) for name, value in straight.items())
+    # The straight run alone has images, which all processes sample together.
+    images = runs / f"{kind}_straight" / "images"
+    assert [len(list((images / f"step_{step:06d}").glob("sample_*"))) for step in (0, 2, 4)] == [4] * 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -277,7 +280,8 @@ def main(folder: Path, shardings: list[str]) -> None:
             deviation = logged(trainer, "ratio/on_policy_max_deviation")[0]
             (Path(trainer.args.output_dir) / "deviation.txt").write_text(str(deviation))
 
-            trainer = make(f"{kind}_straight", sharding, kind, **batches, save_strategy="steps", save_steps=2)
+            saves = {"save_strategy": "steps", "save_steps": 2, "logging_images_steps": 2, "num_logged_seeds": 1}
+            trainer = make(f"{kind}_straight", sharding, kind, **batches, **saves)
             trainer.train()
             trainer.save_model()
             trainer = make(f"{kind}_resumed", sharding, kind, **batches)

@@ -179,6 +179,7 @@ def sample_trajectories(
     transformer: nn.Module | None = None,
     keep_graph: Collection[int] = (),
     outside_window: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    on_step: Callable[[], object] = lambda: None,
 ) -> Trajectory:
     """All batches of [`sample_batches`], which has the same arguments, in one trajectory of `P * G` images."""
     batches = sample_batches(
@@ -192,6 +193,7 @@ def sample_trajectories(
         transformer=transformer,
         keep_graph=keep_graph,
         outside_window=outside_window,
+        on_step=on_step,
     )
     return Trajectory.concatenate(list(batches))
 
@@ -208,6 +210,7 @@ def sample_batches(
     transformer: nn.Module | None = None,
     keep_graph: Collection[int] = (),
     outside_window: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    on_step: Callable[[], object] = lambda: None,
 ) -> Iterator[Trajectory]:
     """
     Sample `G` images of each of `P` prompts, stochastic inside the scheduler's window and deterministic outside.
@@ -233,6 +236,7 @@ def sample_batches(
             of all images at these steps.
         outside_window (`Callable`, *optional*): Makes a context for the steps before the window and another for those
             after it, to make them cheaper, as [`~policies.accelerations.accelerated_ode`] does.
+        on_step (`Callable`, *optional*): Called after each denoising step of a batch, to show progress.
 
     Yields:
         [`Trajectory`] of each batch in turn, so that it can be decoded and scored before the next one is sampled.
@@ -264,7 +268,7 @@ def sample_batches(
         if is_shared:
             rows = rows[:: min(count, num_generations)]  # one row per prompt of the batch
         policy.prepare_scheduler(scheduler)
-        sampler = _Sampler(policy, scheduler, transformer, keep_graph, outside_window)
+        sampler = _Sampler(policy, scheduler, transformer, keep_graph, outside_window, on_step)
         states, log_probs, means, denoised = sampler.sample(
             conditioning[rows], latents[rows if is_shared else images], noise[images]
         )
@@ -304,6 +308,7 @@ class _Sampler:
     transformer: nn.Module | None
     keep_graph: Collection[int]
     outside_window: Callable[[], contextlib.AbstractContextManager]
+    on_step: Callable[[], object]
 
     def sample(self, conditioning: Conditioning, latents: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         """
@@ -338,6 +343,7 @@ class _Sampler:
             for index in steps:
                 velocity = self.policy.velocity(latents, timesteps[index], conditioning, self.transformer)
                 latents = self.scheduler.step(velocity, timesteps[index], latents, return_dict=False)[0]
+                self.on_step()
         return latents
 
     def _sde_steps(
@@ -362,4 +368,5 @@ class _Sampler:
             states.append(latents)
             log_probs.append(log_prob)
             means.append(mean)
+            self.on_step()
         return states, log_probs, means

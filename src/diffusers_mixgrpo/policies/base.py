@@ -6,6 +6,7 @@ a rollout without a window is the stock pipeline's image bit for bit.
 """
 
 import abc
+import contextlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -30,8 +31,9 @@ class PipelinePolicy(abc.ABC):
             used.
         height, width (`int`, *optional*): Size of the images in pixels. Default to the pipeline's own default.
         num_inference_steps (`int`, defaults to 25): Number of denoising steps `T`.
-        guidance_scale (`float`, defaults to 3.5): Guidance scale, as in the pipeline's `__call__`.
-        max_sequence_length (`int`, defaults to 512): Text tokens per prompt.
+        guidance_scale (`float`, *optional*): Guidance scale, as in the pipeline's `__call__`, whose default it has.
+        max_sequence_length (`int`, *optional*): Text tokens per prompt. Defaults to the pipeline's own default.
+        negative_prompt (`str`, *optional*): What classifier-free guidance leads away from. Defaults to the family's.
 
     Raises:
         `TypeError`: If `pipe` is of another class.
@@ -47,6 +49,16 @@ class PipelinePolicy(abc.ABC):
     """The transformer's layers that a LoRA adapts unless it says otherwise."""
     longest_sequence: ClassVar[int]
     """The largest `max_sequence_length`."""
+    default_sequence_length: ClassVar[int]
+    """The `max_sequence_length` of the pipeline's `__call__`."""
+    default_guidance_scale: ClassVar[float]
+    """The guidance scale of the pipeline's `__call__`."""
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    """The name of the guidance scale in the pipeline's `__call__`."""
+    default_negative_prompt: ClassVar[str | None] = None
+    """The negative prompt unless there is another one; `None` for pipelines that take none."""
+    optional_parts: ClassVar[Sequence[str]] = ()
+    """Models that the pipeline can do without."""
 
     def __init__(
         self,
@@ -54,28 +66,35 @@ class PipelinePolicy(abc.ABC):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 25,
-        guidance_scale: float = 3.5,
-        max_sequence_length: int = 512,
+        guidance_scale: float | None = None,
+        max_sequence_length: int | None = None,
+        negative_prompt: str | None = None,
     ) -> None:
         if not isinstance(pipe, self.pipeline_class):
             raise TypeError(f"`pipe` must be a {self.pipeline_class.__name__}, got {type(pipe).__name__}.")
-        _require_all_parts(pipe)
+        _require_all_parts(pipe, self.optional_parts)
         _require_flow_velocity(pipe.scheduler)
-        default_size = pipe.default_sample_size * pipe.vae_scale_factor
         self.pipe = pipe
-        self.height = default_size if height is None else height
-        self.width = default_size if width is None else width
+        self.height = self.default_size if height is None else height
+        self.width = self.default_size if width is None else width
         for name, size in (("height", self.height), ("width", self.width)):
             require_multiple(name, size, self.size_multiple)
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be 1 or more, got {num_inference_steps}.")
+        max_sequence_length = self.default_sequence_length if max_sequence_length is None else max_sequence_length
         if not 1 <= max_sequence_length <= self.longest_sequence:
             raise ValueError(
                 f"`max_sequence_length` must be in [1, {self.longest_sequence}], got {max_sequence_length}."
             )
+        if negative_prompt is not None and self.default_negative_prompt is None:
+            raise ValueError(
+                f"`negative_prompt` must be None for a {type(pipe).__name__}, which takes none, got "
+                f"{negative_prompt!r}."
+            )
         self.num_inference_steps = num_inference_steps
-        self.guidance_scale = guidance_scale
+        self.guidance_scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
         self.max_sequence_length = max_sequence_length
+        self.negative_prompt = self.default_negative_prompt if negative_prompt is None else negative_prompt
 
     # ---- What a family defines ----
 
@@ -108,7 +127,7 @@ class PipelinePolicy(abc.ABC):
 
         The transformer sees the latents in the dtype of the prompt embeddings, as in the pipeline, and the velocity
         comes back in the dtype of the latents: a sampler may keep its states in float32 while the transformer computes
-        in less.
+        in less. Predictions are combined for guidance in that dtype too.
         """
 
     @abc.abstractmethod
@@ -123,7 +142,29 @@ class PipelinePolicy(abc.ABC):
     def timestep_shift(self, scheduler: FlowMatchEulerDiscreteScheduler) -> float | None:
         """The `mu` that the pipeline passes to `scheduler.set_timesteps`, for schedulers with a dynamic shift."""
 
+    # ---- What a family may define ----
+
+    @property
+    def default_size(self) -> int:
+        """Height and width in pixels unless they are given."""
+        return self.pipe.default_sample_size * self.pipe.vae_scale_factor
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a velocity is combined of two forward passes: classifier-free guidance."""
+        return False
+
+    def sigmas(self, scheduler: FlowMatchEulerDiscreteScheduler) -> Sequence[float] | np.ndarray | None:
+        """The `sigmas` that the pipeline passes to `scheduler.set_timesteps`. `None` if it passes their number."""
+        steps = self.num_inference_steps
+        return None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
+
     # ---- What all families share ----
+
+    @property
+    def passes_per_step(self) -> int:
+        """Forward passes of the transformer for one velocity of one image."""
+        return 2 if self.is_guided else 1
 
     @property
     def device(self) -> torch.device:
@@ -144,14 +185,17 @@ class PipelinePolicy(abc.ABC):
 
     @property
     def call_arguments(self) -> dict[str, Any]:
-        """The arguments with which the pipeline's `__call__` makes the policy's images."""
-        return {
+        """The arguments with which the pipeline's `__call__` makes the policy's image of one prompt."""
+        arguments = {
             "height": self.height,
             "width": self.width,
             "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
+            self.guidance_argument: self.guidance_scale,
             "max_sequence_length": self.max_sequence_length,
         }
+        if self.is_guided and self.negative_prompt is not None:
+            arguments["negative_prompt"] = self.negative_prompt
+        return arguments
 
     def with_sampling(
         self, num_inference_steps: int | None = None, height: int | None = None, width: int | None = None
@@ -164,9 +208,15 @@ class PipelinePolicy(abc.ABC):
         Raises:
             `ValueError`: If the pipeline has no images of this size.
         """
-        changes = {"num_inference_steps": num_inference_steps, "height": height, "width": width}
-        given = {name: value for name, value in changes.items() if value is not None}
-        return type(self)(self.pipe, **(self.call_arguments | given))
+        return type(self)(
+            self.pipe,
+            height=self.height if height is None else height,
+            width=self.width if width is None else width,
+            num_inference_steps=self.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            max_sequence_length=self.max_sequence_length,
+            negative_prompt=self.negative_prompt,
+        )
 
     def initial_latents(self, seeds: Sequence[int | torch.Generator]) -> Tensor:
         """
@@ -185,12 +235,9 @@ class PipelinePolicy(abc.ABC):
 
     def prepare_scheduler(self, scheduler: FlowMatchEulerDiscreteScheduler) -> None:
         """Set `scheduler` to the timesteps at which the pipeline samples, and to the first of them."""
-        steps = self.num_inference_steps
-        mu = self.timestep_shift(scheduler)
-        if scheduler.config.get("use_flow_sigmas"):
-            scheduler.set_timesteps(steps, device=self.device, mu=mu)
-        else:
-            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=self.device, mu=mu)
+        sigmas = self.sigmas(scheduler)
+        count = {"num_inference_steps": self.num_inference_steps} if sigmas is None else {"sigmas": sigmas}
+        scheduler.set_timesteps(**count, device=self.device, mu=self.timestep_shift(scheduler))
         scheduler.set_begin_index(0)
 
     @torch.no_grad()
@@ -211,8 +258,8 @@ class PipelinePolicy(abc.ABC):
         return images
 
 
-def _require_all_parts(pipe: DiffusionPipeline) -> None:
-    optional = pipe._optional_components
+def _require_all_parts(pipe: DiffusionPipeline, optional_parts: Sequence[str]) -> None:
+    optional = [*pipe._optional_components, *optional_parts]
     missing = [name for name, part in pipe.components.items() if part is None and name not in optional]
     if missing:
         raise ValueError(
@@ -231,6 +278,13 @@ def _require_flow_velocity(scheduler: SchedulerMixin) -> None:
         "flow velocity (noise - image), or its timestep shift is kept elsewhere. If the model does predict "
         "velocities, set `pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=..., use_dynamic_shifting=...)`."
     )
+
+
+def cache_context(transformer: nn.Module, name: str) -> contextlib.AbstractContextManager[None]:
+    """The context in which diffusers' caches keep the passes of `name` apart from others, for models that have one."""
+    if hasattr(transformer, "cache_context"):
+        return transformer.cache_context(name)
+    return contextlib.nullcontext()
 
 
 def require_multiple(name: str, size: int, multiple: int) -> None:

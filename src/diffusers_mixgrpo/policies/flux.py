@@ -26,6 +26,8 @@ class FluxPolicy(PipelinePolicy):
     family = "flux"
     pipeline_class = FluxPipeline
     longest_sequence = 512
+    default_sequence_length = 512
+    default_guidance_scale = 3.5
     # The attention and feed-forward projections that diffusers' own LoRA training script adapts, and the feed-forward
     # input of the single-stream blocks.
     lora_target_modules = (

@@ -46,7 +46,8 @@ def prepare_pipeline(
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
-    pipe.vae.to(memory_format=torch.channels_last)  # faster convolutions
+    if all(parameter.dim() < 5 for parameter in pipe.vae.parameters()):  # not a VAE of videos
+        pipe.vae.to(memory_format=torch.channels_last)  # faster convolutions
     weights = _prepare_adapter(policy, peft_config)
     if getattr(transformer, "is_quantized", False):
         if not weights.is_lora:

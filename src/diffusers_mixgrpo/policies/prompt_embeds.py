@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 # Arrow has no bfloat16, so a prompt's tensors are the bytes of a safetensors file.
 FEATURES = Features({"prompt": Value("string"), "tensors": Value("binary")})
 ROWS_IN_MEMORY = 16  # before they are written; about 4 MB each for 512 tokens of 4096 numbers
-FORMAT = 2  # of the files
+FORMAT = 3  # of the files
 # Entries of an encoder's configuration that say where it comes from, or what the weights say themselves
 NOT_CONTENT = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 
@@ -158,13 +158,15 @@ def cache_folder(policy: PipelinePolicy) -> str:
     """
     The folder of the embeddings of a policy's text encoders, named after a hash of everything that they depend on.
 
-    This is the weights of the encoders with their dtypes, their configurations, adapters, tokenizers and the number of
-    tokens. The device and the versions of libraries, which may round differently, are not included.
+    This is the weights of the encoders with their dtypes, their configurations, adapters, tokenizers, the number of
+    tokens, and the negative prompt. The device and the versions of libraries, which may round differently, are not
+    included.
 
     Raises:
         `ValueError`: If the weights are offloaded and not in memory.
     """
-    content: list[Any] = [FORMAT, policy.max_sequence_length]
+    negative_prompt = policy.negative_prompt if policy.is_guided else None
+    content: list[Any] = [FORMAT, type(policy).__name__, policy.max_sequence_length, policy.is_guided, negative_prompt]
     for name, encoder in policy.text_encoders.items():
         config = {key: value for key, value in encoder.config.to_dict().items() if key not in NOT_CONTENT}
         content += [name, type(encoder).__name__, json.dumps(config, sort_keys=True, default=str)]

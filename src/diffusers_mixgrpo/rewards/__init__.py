@@ -35,7 +35,7 @@ def load_reward(name_or_path: str, **kwargs: Any) -> Callable[..., Any]:
               `"vlm_judge"`, `"ocr"`, `"aesthetic"` or `"jpeg_compressibility"`;
             - `module:function`, such as `"my_rewards:my_reward"` or `"diffusers_mixgrpo.toy:toy_reward"`. The module
               must be installed or in the current working directory. A class is instantiated with `kwargs`;
-            - the URL of a reward server (`http://host:port/name`, see `examples/serve_rewards.py`);
+            - the URL of a reward server (`http://host:port/name`, see `diffusers-mixgrpo serve-rewards`);
             - the folder or Hub id (`owner/name`) of a CLIP or SigLIP model, which scores by the cosine similarity of
               image and prompt.
         kwargs:

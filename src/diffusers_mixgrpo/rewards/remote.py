@@ -1,4 +1,4 @@
-"""Rewards over HTTP: a base class, and the client of the reward server `examples/serve_rewards.py`.
+"""Rewards over HTTP: a base class, and the client of the reward server `diffusers-mixgrpo serve-rewards`.
 
 The reward server has its own JSON format, because an OpenAI-compatible chat API answers with text, not with numbers:
 
@@ -288,7 +288,7 @@ class HTTPReward(abc.ABC):
 
 class RemoteReward(HTTPReward):
     """
-    A reward on another machine, served by `examples/serve_rewards.py`. Call it with `await`, or pass it to the
+    A reward on another machine, served by `diffusers-mixgrpo serve-rewards`. Call it with `await`, or pass it to the
     trainer.
 
     Images are sent as PNG without loss, so the scores equal those of the reward itself.
@@ -308,7 +308,7 @@ class RemoteReward(HTTPReward):
     Example:
 
     ```python
-    # on the other machine: python examples/serve_rewards.py --reward_funcs hpsv2 --host 0.0.0.0
+    # on the other machine: diffusers-mixgrpo serve-rewards --reward_funcs hpsv2 --host 0.0.0.0
     reward = RemoteReward("http://gpu-box:8100/hpsv2")
     scores = asyncio.run(reward(["a cat"], [image]))
     ```

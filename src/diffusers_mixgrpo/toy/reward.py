@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from .scenes import BACKGROUNDS, COLORS, CROSS_ARM, PLACES, SHAPES, SIZE, SIZES, Scene, parse
 
@@ -94,7 +94,6 @@ def judge(prompt: str, image: Image.Image) -> Judgment:
 
     Raises:
         `ValueError`: If `prompt` is not a caption of the toy world.
-        `ImportError`: If scipy is not installed.
     """
     return _judge(prompt, image.convert("RGB").resize((SIZE, SIZE)).tobytes())
 
@@ -125,7 +124,6 @@ def find_blobs(pixels: np.ndarray, nearest: np.ndarray) -> tuple[list[Blob], np.
     Returns:
         `tuple`: The blobs, a mask of the empty pixels of shape `(height, width)`, and the number of specks.
     """
-    ndimage = _import_ndimage()
 
     # 1. The background is the most common of the three background colors. Pixels far from it belong to objects.
     counts = np.bincount(nearest.ravel(), minlength=len(_NAMES))[: len(BACKGROUNDS)]
@@ -146,7 +144,7 @@ def find_blobs(pixels: np.ndarray, nearest: np.ndarray) -> tuple[list[Blob], np.
 
 
 def _measure(mask: np.ndarray, nearest: np.ndarray, box: tuple[slice, slice]) -> Blob:
-    inner = _import_ndimage().binary_erosion(mask)  # without the rim, which mixes two colors
+    inner = ndimage.binary_erosion(mask)  # without the rim, which mixes two colors
     inside = nearest[inner if inner.any() else mask]
     shares = np.bincount(inside, minlength=len(_NAMES)) / len(inside)
     height, width = mask.shape
@@ -238,13 +236,3 @@ def _in_line(layout: str, chosen: tuple[Blob, ...]) -> float:
     down = max(blob.y for blob in chosen) - min(blob.y for blob in chosen)
     margin = across - down if layout == "row" else down - across
     return _ramp(margin, 0.0, 10.0)
-
-
-def _import_ndimage() -> ModuleType:
-    try:
-        from scipy import ndimage
-    except ImportError as error:
-        raise ImportError(
-            f'The toy rewards need scipy ({error}). Install it with `pip install "diffusers-mixgrpo[demo]"`.'
-        ) from error
-    return ndimage

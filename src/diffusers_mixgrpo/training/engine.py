@@ -35,7 +35,7 @@ from ..core.objectives import (
     masked_objective,
 )
 from ..core.policy import Conditioning
-from ..core.rollout import Trajectory, sample_batches
+from ..core.rollout import Trajectory, batches_of_images, sample_batches
 from ..core.step_weights import step_weights
 from ..core.transitions import Transitions, gaussian_kl, velocity_kl
 from ..mixgrpo_config import MixGRPOConfig
@@ -46,6 +46,7 @@ from ..rewards.runner import RewardRunner, check_failures, reward_statistics
 from ..scheduling_mixed_ode_sde import MixedODESDEScheduler
 from .phase_timer import PhaseTimer
 from .plan import IterationPlan, PromptDataset, Row, draw_order, plan_iteration
+from .progress import Progress
 
 
 @dataclass
@@ -156,6 +157,7 @@ class Engine:
         encode (`Callable`): Prompts to [`Conditioning`]. The policy's own method, unless replaced by
             [`~policies.prompt_embeds.CachedPrompts.encode`].
         timer ([`PhaseTimer`]): Seconds of the phases `sampling`, `decoding`, `reward` and `training`.
+        progress ([`Progress`]): Shows how far sampling is.
     """
 
     def __init__(
@@ -175,6 +177,7 @@ class Engine:
         self.weights = weights
         self.encode: Callable[[Sequence[str]], Conditioning] = policy.encode
         self.timer = PhaseTimer(settings.device)
+        self.progress = Progress(accelerator.is_main_process and not settings.disable_tqdm)
         self.window_schedule = settings.window_schedule()
         self.reward_weights = normalize_weights(settings.reward_weights, len(rewards.names))
         self.reference: nn.Module | None = None
@@ -228,28 +231,33 @@ class Engine:
             conditioning = self.encode(plan.prompts)
             # States are kept in float32: rounding them would appear as noise in the ratio.
             latents = self.policy.initial_latents(plan.latent_seeds).float()
-        batches = sample_batches(
-            self.policy,
-            self.scheduler,
-            conditioning,
-            latents,
-            num_generations=settings.num_generations,
-            generator=torch.Generator(self.policy.device).manual_seed(plan.sde_seed),
-            batch_size=settings.sample_batch_size,
-            transformer=transformer,
-            keep_graph=plan.steps.tolist() if settings.reuse_rollout_graph else (),
-            outside_window=self._accelerated_ode,
-        )
-        while True:
-            with self.timer.phase("sampling"), self.autocast():
-                trajectory = next(batches, None)
-            if trajectory is None:
-                return
-            trajectory, finite = trajectory.without_nonfinite()
-            with self.timer.phase("decoding"):
-                size = settings.decode_batch_size or settings.sample_batch_size
-                images = self.decode(self.policy, trajectory.latents, size)
-            yield SampledBatch(trajectory, images, finite)
+        self.policy.prepare_scheduler(self.scheduler)
+        num_images = len(plan.rows) * settings.num_generations
+        passes = len(batches_of_images(num_images, settings.num_generations, settings.sample_batch_size))
+        with self.progress.bar(f"Sampling {num_images} images", passes * len(self.scheduler.timesteps)) as on_step:
+            batches = sample_batches(
+                self.policy,
+                self.scheduler,
+                conditioning,
+                latents,
+                num_generations=settings.num_generations,
+                generator=torch.Generator(self.policy.device).manual_seed(plan.sde_seed),
+                batch_size=settings.sample_batch_size,
+                transformer=transformer,
+                keep_graph=plan.steps.tolist() if settings.reuse_rollout_graph else (),
+                outside_window=self._accelerated_ode,
+                on_step=on_step,
+            )
+            while True:
+                with self.timer.phase("sampling"), self.autocast():
+                    trajectory = next(batches, None)
+                if trajectory is None:
+                    return
+                trajectory, finite = trajectory.without_nonfinite()
+                with self.timer.phase("decoding"):
+                    size = settings.decode_batch_size or settings.sample_batch_size
+                    images = self.decode(self.policy, trajectory.latents, size)
+                yield SampledBatch(trajectory, images, finite)
 
     def _place_window(self, plan: IterationPlan) -> None:
         start, size = plan.window
@@ -432,8 +440,8 @@ class Engine:
         statistics["window/start"] = plan.window.start
         statistics["window/size"] = plan.window.size
         statistics["iteration"] = plan.iteration
-        statistics["nfe"] = trajectory.nfe
-        statistics["nfe_amortized"] = trajectory.nfe_computed
+        statistics["nfe"] = self.policy.passes_per_step * trajectory.nfe
+        statistics["nfe_amortized"] = self.policy.passes_per_step * trajectory.nfe_computed
         return statistics
 
     def try_rewards(self, dataset: PromptDataset) -> None:

@@ -1,10 +1,11 @@
 """[`Evaluator`]: images of the deterministic sampler on held-out prompts, and what they score."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
@@ -62,6 +63,11 @@ class Evaluator:
     def _runners(self) -> list[RewardRunner]:
         return [self.engine.rewards] if self.rewards is None else [self.engine.rewards, self.rewards]
 
+    @property
+    def reward_names(self) -> list[str]:
+        """The names of all rewards: the trained ones, and those that are never trained on."""
+        return [name for runner in self._runners for name in runner.names]
+
     def try_rewards(self, dataset: PromptDataset) -> None:
         """As [`Engine.try_rewards`], of the rewards that are never trained on."""
         if self.rewards is not None:
@@ -87,13 +93,11 @@ class Evaluator:
         seed = self.settings.eval_seed
         scores = []
         pixels = []
-        for rows, images in self._share_of_images(dataset, count, seed, transformer):
-            for runner in self._runners:
-                runner.start(rows, images)
-            scores.append(torch.cat([runner.finish() for runner in self._runners]).movedim(1, 0))
+        for rows, images in self._share_of_images(dataset, range(seed, seed + count), transformer):
+            scores.append(self._scores(rows, images))
             pixels.append(torch.from_numpy(downsample(images)))
         pairs = min(count, MAX_PAIRS)
-        seconds = self._share_of_images(dataset, pairs, seed + count, transformer)
+        seconds = self._share_of_images(dataset, range(seed + count, seed + count + pairs), transformer)
         other_pixels = [torch.from_numpy(downsample(images)) for _, images in seconds]
 
         everyone = self.engine.gather(torch.cat(scores))[:count].movedim(0, 1)
@@ -102,20 +106,61 @@ class Evaluator:
         statistics["spread"] = spread(small[:pairs], self.engine.gather(torch.cat(other_pixels))[:pairs].numpy())
         return self._evaluation(everyone, {name: torch.from_numpy(values) for name, values in statistics.items()})
 
+    def sample(
+        self, rows: Sequence[Row], seeds: Sequence[int], transformer: nn.Module | None = None
+    ) -> tuple[list[Image.Image], Tensor]:
+        """
+        The images of `n` dataset rows and their scores. Ranks share the images evenly; all of them must call this.
+
+        Args:
+            rows (`Sequence[dict]` of length `n`): Their rows.
+            seeds (`Sequence[int]` of length `n`): Their seeds.
+            transformer (`torch.nn.Module`, *optional*): The module to call instead of the policy's own transformer.
+
+        Returns:
+            `tuple[list[PIL.Image.Image], torch.Tensor]`: `n` images, and scores of shape `(K, n)` of the trained
+            rewards and those that are never trained on, NaN where an image could not be scored.
+        """
+        settings = self.settings
+        # No more images at once than in a rollout, which is known to fit
+        in_rollout = settings.sample_batch_size or settings.prompts_per_iteration * settings.num_generations
+        images: list[Image.Image] = []
+        scores = []
+        for some_rows, some_images in self._share_of_images(rows, seeds, transformer, in_rollout):
+            images += some_images
+            scores.append(self._scores(some_rows, some_images))
+        if self.engine.accelerator.num_processes > 1:
+            images = gather_object(images)
+        return images[: len(rows)], self.engine.gather(torch.cat(scores))[: len(rows)].movedim(0, 1)
+
+    def _scores(self, rows: list[Row], images: list[Image.Image]) -> Tensor:
+        """The scores of `n` images by all rewards, of shape `(n, K)`."""
+        for runner in self._runners:
+            runner.start(rows, images)
+        return torch.cat([runner.finish() for runner in self._runners]).movedim(1, 0)
+
     def _share_of_images(
-        self, dataset: PromptDataset, count: int, seed: int, transformer: nn.Module | None
+        self,
+        dataset: PromptDataset,
+        seeds: Sequence[int],
+        transformer: nn.Module | None,
+        batch_size: int | None = None,
     ) -> Iterator[tuple[list[Row], list[Image.Image]]]:
-        """This rank's share of the images of the first `count` prompts, of which prompt `i` has `seed + i`."""
+        """This rank's share of the images of the first prompts, one for each of `seeds`."""
+        count = len(seeds)
         share = math.ceil(count / self.engine.accelerator.num_processes)
         first = self.engine.accelerator.process_index * share
         # The last ranks may repeat some prompts, to run as many passes as the others.
         indices = [i % count for i in range(first, first + share)]
         size = self.settings.per_device_eval_batch_size
-        for start in range(0, share, size):
-            chosen = indices[start : start + size]
-            rows = [dict(dataset[i]) for i in chosen]
-            prompts = [row["prompt"] for row in rows]
-            yield rows, self.sample_images(prompts, [seed + i for i in chosen], transformer)
+        size = size if batch_size is None else min(size, batch_size)
+        steps = math.ceil(share / size) * self.policy.num_inference_steps
+        with self.engine.progress.bar(f"Sampling {share} images without noise", steps) as on_step:
+            for start in range(0, share, size):
+                chosen = indices[start : start + size]
+                rows = [dict(dataset[i]) for i in chosen]
+                prompts = [row["prompt"] for row in rows]
+                yield rows, self.sample_images(prompts, [seeds[i] for i in chosen], transformer, on_step)
 
     def _evaluation(self, scores: Tensor, images: dict[str, Tensor]) -> Evaluation:
         """From the scores of the trained rewards and the others, one row each, and the image statistics."""
@@ -132,7 +177,11 @@ class Evaluator:
 
     @torch.no_grad()
     def sample_images(
-        self, prompts: Sequence[str], seeds: Sequence[int], transformer: nn.Module | None = None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        transformer: nn.Module | None = None,
+        on_step: Callable[[], object] = lambda: None,
     ) -> list[Image.Image]:
         """
         Images of the current policy by the deterministic sampler.
@@ -141,6 +190,7 @@ class Evaluator:
             prompts (`Sequence[str]` of length `n`): The prompts.
             seeds (`Sequence[int]` of length `n`): Their seeds.
             transformer (`torch.nn.Module`, *optional*): The module to call instead of the policy's own transformer.
+            on_step (`Callable`, *optional*): Called after each denoising step of a batch.
 
         Returns:
             `list[PIL.Image.Image]` of length `n`: those of the stock pipeline with the same prompts and generators.
@@ -154,6 +204,8 @@ class Evaluator:
             conditioning = self.engine.encode(prompts[start : start + size])
             latents = policy.initial_latents(seeds[start : start + size])
             with self.engine.autocast():
-                trajectory = sample_trajectories(policy, scheduler, conditioning, latents, transformer=transformer)
+                trajectory = sample_trajectories(
+                    policy, scheduler, conditioning, latents, transformer=transformer, on_step=on_step
+                )
             images += self.engine.decode(policy, trajectory.latents, settings.decode_batch_size)
         return images

@@ -96,7 +96,7 @@ def _describe(engine: Engine, num_prompts: int, pass_size: int | None = None) ->
 
 
 def _count_passes(engine: Engine, num_prompts: int) -> tuple[dict[str, float], float]:
-    """Forward passes per iteration by part, and the denoising steps of an image: means over the run."""
+    """Forward passes per iteration by part, and those of an image, as in the stock pipeline: means over the run."""
     settings = engine.settings
     group = settings.num_generations
     images = settings.prompts_per_iteration * group
@@ -126,7 +126,8 @@ def _count_passes(engine: Engine, num_prompts: int) -> tuple[dict[str, float], f
     backward_cost = (1 if engine.weights.is_lora else 2) + bool(settings.activation_checkpointing)
     nfe["replay forward"] = 0.0 if settings.reuse_rollout_graph else replayed
     nfe["replay backward"] = replayed * backward_cost
-    return nfe, steps_per_image
+    passes = engine.policy.passes_per_step
+    return {part: passes * count for part, count in nfe.items()}, passes * steps_per_image
 
 
 def _trained_steps(engine: Engine) -> int:
@@ -272,7 +273,7 @@ def _seconds_per_iteration(engine: Engine, trajectory: Trajectory, report: Prefl
     seconds = engine.timer.pop()
     reference = report.nfe.get("reference", 0.0)
     expected = report.images * report.nfe_amortized + reference
-    measured = len(trajectory) * trajectory.nfe_computed + reference
+    measured = len(trajectory) * engine.policy.passes_per_step * trajectory.nfe_computed + reference
     return {
         "sampling": seconds["sampling"] * expected / measured,
         "decoding": seconds["decoding"],

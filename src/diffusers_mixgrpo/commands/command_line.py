@@ -1,15 +1,29 @@
-"""The command line of a training script, on which unknown names are errors that give the nearest known one."""
+"""Arguments of a command, from flags and YAML files. Unknown names are errors that give the nearest known one."""
 
-from dataclasses import fields
+import os
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from trl import TrlParser
 
-from diffusers_mixgrpo import argument_rules as must_be
+from .. import argument_rules as must_be
 
 
-def parse(argv: list[str], *dataclasses: type) -> tuple[Any, ...]:
+TOY_CONFIGURATION = Path(__file__).parent / "configs" / "toy.yaml"
+
+
+def flag(help: str, default: Any = None) -> Any:
+    """The field of a dataclass that is a flag with this help."""
+    return field(default=default, metadata={"help": help})
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+
+
+def parse(argv: list[str], *dataclasses: Any) -> tuple[Any, ...]:
     """
     Dataclasses from flags, and from the YAML file that is passed with `--config`.
 
@@ -23,11 +37,9 @@ def parse(argv: list[str], *dataclasses: type) -> tuple[Any, ...]:
     argv = [part for argument in argv for part in (argument.split("=", 1) if argument[:2] == "--" else [argument])]
     names = [argument[2:].replace("-", "_") for argument in argv if argument[:2] == "--"]
     if "--config" in argv:
-        import yaml
-
         file = "".join(argv[argv.index("--config") + 1 :][:1])
         must_be.check("config", file, must_be.FILE, "Pass a YAML file.")
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        settings = read_yaml(file)
         must_be.check("config", settings, must_be.MAPPING, f"Write `name: value` on the lines of {file}.")
         names += settings
     known = {field.name for dataclass in dataclasses for field in fields(dataclass)} | {"config", "env", "help"}

@@ -14,16 +14,11 @@ import sys
 import threading
 import time
 import zlib
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.append(str(EXAMPLES))
-
-import serve_rewards  # noqa: E402
+from diffusers_mixgrpo.commands import serve_rewards
 
 
 def png(color="red", size=(4, 3), kind="PNG"):
@@ -168,7 +163,7 @@ def test_requests_of_too_many_pixels(start, connect):
 
 MEASURE = """
 import json, resource, sys
-import serve_rewards
+from diffusers_mixgrpo.commands import serve_rewards
 content = sys.stdin.buffer.read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
@@ -186,9 +181,7 @@ def test_memory_of_a_request(side, status, limit):
     """In MiB. Decoded, these eight images of 13000x13000 would take 4.1 GB, and nine of 4088x4088 430 MB."""
     images = [bomb(side)] * (8 if side > 4096 else 9)
     content = json.dumps({"prompts": ["a"] * len(images), "images": images}).encode()
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE], input=content, cwd=EXAMPLES, capture_output=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", MEASURE], input=content, capture_output=True, timeout=60, check=True)
     measured = json.loads(done.stdout)
     assert measured[0] == status and measured[1] < limit
 
@@ -329,7 +322,9 @@ def test_the_command(tmp_path, connect):
     )
     command = [
         sys.executable,
-        str(EXAMPLES / "serve_rewards.py"),
+        "-m",
+        "diffusers_mixgrpo",
+        "serve-rewards",
         "--reward_funcs",
         "my_rewards:redness",
         "--port",

@@ -1,24 +1,23 @@
-"""The evaluation script: its numbers against scores of images that a stock pipeline generates one by one."""
+"""The evaluation command: its numbers against scores of images that a stock pipeline generates one by one."""
 
-import importlib
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 from diffusers_mixgrpo import toy
+from diffusers_mixgrpo.commands import evaluate as evaluate_command
+from diffusers_mixgrpo.commands.command_line import TOY_CONFIGURATION, read_yaml
+from diffusers_mixgrpo.reports.sample_grid import GAP, MARGIN
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPTS = toy.prompts("test", 5)
 STEPS = {"num_inference_steps": 4, "height": 64, "width": 64, "max_sequence_length": 12}
 OWN_REWARDS = """
@@ -35,13 +34,6 @@ def moody(prompts, images, **columns):
 async def lookup(prompts, images, factor, **columns):
     return [f * len(prompt) for prompt, f in zip(prompts, factor)]
 """
-
-
-@pytest.fixture(scope="module")
-def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        yield importlib.import_module("evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +68,8 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def evaluate(script, flags: str) -> dict:
-    script.main([*flags.split(), "--num_inference_steps", "4", "--output_dir", "out"])
+def evaluate(flags: str) -> dict:
+    evaluate_command.main([*flags.split(), "--num_inference_steps", "4", "--output_dir", "out"])
     return json.loads(Path("out/evaluation.json").read_text())
 
 
@@ -103,9 +95,9 @@ def check(summary: dict, scores: list[float]) -> None:
     assert (summary["n"], summary["failed"]) == (len(scores), 0)
 
 
-def test_base_and_lora_on_prompts_of_a_file(script, workplace, trained, capsys):
+def test_base_and_lora_on_prompts_of_a_file(workplace, trained, capsys):
     flags = f"--lora {trained}/lora --compare_base --prompts prompts.txt --batch_size 2 --seed 7"
-    record = evaluate(script, f"{flags} --reward_funcs my_rewards:redness diffusers_mixgrpo.toy:toy_reward")
+    record = evaluate(f"{flags} --reward_funcs my_rewards:redness diffusers_mixgrpo.toy:toy_reward")
     pipe = FluxPipeline.from_pretrained(toy.path())
     base = generate(pipe, 7)
     pipe.load_lora_weights(trained / "lora")
@@ -125,32 +117,33 @@ def test_base_and_lora_on_prompts_of_a_file(script, workplace, trained, capsys):
     mean, error = (results["difference"]["redness"][key] for key in ("mean", "standard_error"))
     assert f"| redness | difference | {mean:.4f} | {error:.4f} | 5 | 0 |" in table
     grid = np.asarray(Image.open("out/grid.png").convert("RGB"), dtype=float)
-    assert grid.shape[1] == 8 * 208  # five pairs in rows of eight images
-    for column, image in enumerate((base[0], lora[0])):
-        shown = grid[4:204, 208 * column + 4 : 208 * column + 204]
-        expected = np.asarray(image.resize((200, 200), Image.Resampling.LANCZOS), dtype=float)
-        assert np.abs(shown - expected).max() < 5
+    pair = np.concatenate([np.asarray(image, dtype=float).repeat(4, 0).repeat(4, 1) for image in (base[0], lora[0])])
+    places = range(grid.shape[0] - 256)
+    top = min(places, key=lambda y: np.abs(grid[y : y + 256, MARGIN : MARGIN + 256] - pair[:256]).mean())
+    for column, image in enumerate((pair[:256], pair[256:])):
+        left = MARGIN + column * (256 + GAP)
+        assert np.abs(grid[top : top + 256, left : left + 256] - image).max() < 5
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_hybrid_inference(script, workplace, trained, kind):
+def test_hybrid_inference(workplace, trained, kind):
     """Only the base model at ratio 0, only the trained model at ratio 1, and two steps of each at ratio 0.5."""
     flag = f"--lora {trained}/lora" if kind == "lora" else f"--transformer {trained}/full"
     flags = f"{flag} --prompts prompts.txt --num_prompts 2 --reward_funcs my_rewards:redness"
-    zero = evaluate(script, f"{flags} --compare_base --cutoff_step_ratio 0")["results"]
-    half = evaluate(script, f"{flags} --compare_base --cutoff_step_ratio 0.5")["results"]
+    zero = evaluate(f"{flags} --compare_base --cutoff_step_ratio 0")["results"]
+    half = evaluate(f"{flags} --compare_base --cutoff_step_ratio 0.5")["results"]
     assert zero["trained"] == zero["base"] == half["base"]
     assert zero["difference"]["redness"]["scores"] == [0, 0]
-    one = evaluate(script, f"{flags} --cutoff_step_ratio 1")["results"]
-    plain = evaluate(script, flags)["results"]
+    one = evaluate(f"{flags} --cutoff_step_ratio 1")["results"]
+    plain = evaluate(flags)["results"]
     assert one == plain
     assert set(plain) == {"trained"}
     assert len({each["redness"]["mean"] for each in (zero["base"], half["trained"], plain["trained"])}) == 3
 
 
-def test_all_weights_and_a_shift(script, workplace, trained):
+def test_all_weights_and_a_shift(workplace, trained):
     flags = f"--transformer {trained}/full/transformer --shift 2 --prompts prompts.txt --batch_size 5"
-    record = evaluate(script, f"{flags} --reward_funcs my_rewards:redness")
+    record = evaluate(f"{flags} --reward_funcs my_rewards:redness")
     pipe = FluxPipeline.from_pretrained(toy.path())
     pipe.transformer = FluxTransformer2DModel.from_pretrained(trained / "full" / "transformer")
     changes = {"shift": 2.0, "use_dynamic_shifting": False}
@@ -158,14 +151,14 @@ def test_all_weights_and_a_shift(script, workplace, trained):
     check(record["results"]["trained"]["redness"], redness(generate(pipe)))
 
 
-def test_columns_and_failures(script, workplace, monkeypatch, caplog):
+def test_columns_and_failures(workplace, monkeypatch, caplog):
     """All columns reach the rewards, also the async ones; missing scores are counted, and the error is shown."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workplace / "cache")
     texts = ["a small red circle at the top on gray", "two green crosses in a row on white", "a large blue square"]
     rows = [{"prompt": text, "factor": i + 1} for i, text in enumerate(texts)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     names = "my_rewards:moody my_rewards:lookup jpeg_compressibility"
-    results = evaluate(script, f"--prompts rows.jsonl --batch_size 1 --reward_funcs {names}")["results"]["base"]
+    results = evaluate(f"--prompts rows.jsonl --batch_size 1 --reward_funcs {names}")["results"]["base"]
     assert results["moody"] == {"mean": 35, "standard_error": None, "n": 1, "failed": 2, "scores": [None, 35, None]}
     assert results["lookup"]["scores"] == [len(text) * (i + 1) for i, text in enumerate(texts)]
     assert all(-4 < score < -0.5 for score in results["jpeg_compressibility"]["scores"])
@@ -174,7 +167,7 @@ def test_columns_and_failures(script, workplace, monkeypatch, caplog):
     assert "no circles" in table
 
 
-def test_the_benchmark_prompts(script, workplace, monkeypatch):
+def test_the_benchmark_prompts(workplace, monkeypatch):
     """Read from the Hub's cache; the first prompts are of all styles."""
     folder = workplace / "hub" / "datasets--zhwang--HPDv2"
     for style in ("anime", "concept-art", "paintings", "photo"):
@@ -184,27 +177,20 @@ def test_the_benchmark_prompts(script, workplace, monkeypatch):
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("0123")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(workplace / "hub"))
-    rows = script.load_rows(script.EvaluationArguments(prompts="hpdv2", num_prompts=5))
+    rows = evaluate_command.load_rows(evaluate_command.EvaluationArguments(prompts="hpdv2", num_prompts=5))
     assert [row["prompt"] for row in rows] == ["anime 0", "concept-art 0", "paintings 0", "photo 0", "anime 1"]
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(workplace / "empty"))
     with pytest.raises(ValueError, match="`prompts`='hpdv2'"):
-        script.load_rows(script.EvaluationArguments(prompts="hpdv2"))
+        evaluate_command.load_rows(evaluate_command.EvaluationArguments(prompts="hpdv2"))
 
 
-def test_the_toy_is_the_default(script, workplace):
-    record = evaluate(script, "--num_prompts 2")
-    configuration = yaml.safe_load((EXAMPLES / "configs" / "toy.yaml").read_text())
+def test_the_toy_is_the_default(workplace):
+    record = evaluate("--num_prompts 2")
+    configuration = read_yaml(TOY_CONFIGURATION)
     assert record["prompts"] == toy.prompts("test")[:2]
     assert list(record["results"]["base"]) == [name.split(":")[1] for name in configuration["reward_funcs"]]
     assert record["settings"]["height"] == 64
     assert record["settings"]["max_sequence_length"] == 12
-
-
-def test_the_toy_configuration_needs_yaml(script, workplace, monkeypatch):
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    with pytest.raises(ImportError, match=r'pip install "diffusers-mixgrpo\[demo\]"'):
-        script.EvaluationArguments()
-    script.EvaluationArguments(pretrained_model_name_or_path="own", prompts="prompts.txt")
 
 
 @pytest.mark.parametrize(
@@ -232,18 +218,18 @@ def test_the_toy_configuration_needs_yaml(script, workplace, monkeypatch):
         ("--lora lora --transformer full", "`lora` and `transformer` must not both be set"),
     ],
 )
-def test_mistakes_are_named(script, workplace, monkeypatch, flags, said):
+def test_mistakes_are_named(workplace, monkeypatch, flags, said):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workplace / "cache")
     Path("titles.jsonl").write_text('{"title": "a cat"}\n')
     with pytest.raises(ValueError, match=said):
-        evaluate(script, flags)
+        evaluate(flags)
     assert not Path("out").exists()
 
 
-def test_a_lora_of_something_else_is_refused(script, workplace):
+def test_a_lora_of_something_else_is_refused(workplace):
     """Otherwise the scores of the base model would be reported as the LoRA's."""
     pipe = toy.load()
     pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     pipe.save_lora_weights("text", text_encoder_lora_layers=get_peft_model_state_dict(pipe.text_encoder))
     with pytest.raises(ValueError, match="`lora`='text'.*no LoRA for the pipeline's transformer"):
-        evaluate(script, "--lora text --num_prompts 1")
+        evaluate("--lora text --num_prompts 1")

@@ -1,6 +1,5 @@
-"""The training script as users run it, by its command line, and its report."""
+"""The training command as users run it, by its flags, and its"""
 
-import importlib
 import json
 import math
 import os
@@ -11,15 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import FluxPipeline
 from helpers import PROMPTS, make_trainer, redness
 from PIL import Image
 
-from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, RewardError, toy
+from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, RewardError, commands, toy
+from diffusers_mixgrpo.commands import train
+from diffusers_mixgrpo.commands.before_after import (
+    FIRST,
+    MOST_GAINED,
+    MOST_LOST,
+    RANDOM,
+    choose_examples,
+    draw_before_after,
+    evaluate,
+    sample_examples,
+)
+from diffusers_mixgrpo.commands.command_line import TOY_CONFIGURATION, read_yaml
+from diffusers_mixgrpo.commands.summary import check_reload
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_flux_mixgrpo.py"
+COMMANDS = Path(commands.__file__).parent
 SMALL = "--height 32 --width 32 --num_inference_steps 4 --window_size 2 --max_sequence_length 12 --num_generations 4"
 SMALL += " --per_device_train_batch_size 4 --steps_per_generation 2 --max_steps 4 --logging_steps 1 --epsilon 1e-2"
 SMALL += " --save_strategy no --report_to none --use_cpu --learning_rate 1e-3 --lora_rank 4"
@@ -27,22 +38,13 @@ SMALL += " --save_strategy no --report_to none --use_cpu --learning_rate 1e-3 --
 
 @pytest.fixture
 def main(monkeypatch):
-    """The script in this process, which is faster than in a process of its own."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    script = importlib.import_module(SCRIPT.stem)
+    """The command in this process, which is faster than in a process of its own."""
 
     def main(folder: Path, flags: str) -> None:
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags.split()])
-        script.main()
+        train.main(flags.split())
 
     return main
-
-
-@pytest.fixture
-def report(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    return importlib.import_module("report")
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def largest_difference(first: Image.Image, second: Image.Image) -> int:
 
 
 def test_the_window_of_the_demo_slides():
-    settings = yaml.safe_load((SCRIPT.parent / "configs" / "toy.yaml").read_text())
+    settings = read_yaml(TOY_CONFIGURATION)
     fields = {name: value for name, value in settings.items() if name in MixGRPOConfig.__dataclass_fields__}
     config = MixGRPOConfig(**fields)
     schedule = config.window_schedule()
@@ -87,7 +89,7 @@ def test_the_demo_at_a_small_size(tmp_path):
     """The one test in a process of its own."""
     output = tmp_path / "demo"
     flags = "--max_steps 8 --num_eval_prompts 16 --logging_images_steps 4 --per_device_train_batch_size 4"
-    command = [sys.executable, str(SCRIPT), *flags.split(), "--output_dir", str(output)]
+    command = [sys.executable, "-m", "diffusers_mixgrpo", "train", *flags.split(), "--output_dir", str(output)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     summary = json.loads((output / "summary.json").read_text())
@@ -98,7 +100,7 @@ def test_the_demo_at_a_small_size(tmp_path):
     assert summary["configuration"]["training"]["num_generations"] == 8
     assert summary["reload_max_difference"] <= 8
     assert is_drawn(output / "reward_curve.png") and is_drawn(output / "before_after.png")
-    assert len(list((output / "images").glob("*.png"))) == 2
+    assert len(list((output / "images").glob("*.png"))) == 3  # the last one is that of the trained weights
     assert "pytorch_lora_weights.safetensors" in os.listdir(output)
     for text in ("Held-out reward: ", "Images that match the prompt exactly: ", "Reload check: ", "before_after.png"):
         assert text in result.stdout
@@ -197,18 +199,8 @@ def test_a_dry_run_reports_and_stops(main, workplace, pipeline_folder, capsys):
     assert not (workplace / "out" / "pytorch_lora_weights.safetensors").exists()
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "yaml"])
-def test_a_missing_package_is_named_before_anything_runs(monkeypatch, package):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    monkeypatch.setitem(sys.modules, package, None)
-    for module in ("report", "train_flux_mixgrpo"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    with pytest.raises(ImportError, match=r'pip install "diffusers-mixgrpo\[demo\]"'):
-        importlib.import_module("train_flux_mixgrpo")
-
-
 def test_the_recipe_stays_short():
-    assert len(SCRIPT.read_text().splitlines()) < 150
+    assert len((COMMANDS / "train.py").read_text().splitlines()) < 150
 
 
 def test_train_and_held_out_prompts_are_disjoint():
@@ -218,22 +210,22 @@ def test_train_and_held_out_prompts_are_disjoint():
 # ---- The images from before and after training ----
 
 
-def test_chosen_prompts_follow_the_rule(report):
+def test_chosen_prompts_follow_the_rule():
     before = [0.5] * 12
     after = [0.5, 0.9, 0.1, 0.6, 0.8, 0.3, math.nan, 0.4, 0.7, 0.5, 0.5, 0.5]
-    groups = report.choose_examples(before, after)
-    assert groups[report.MOST_GAINED] == [1, 4]
-    assert groups[report.MOST_LOST] == [2, 5]
-    assert len(groups[report.RANDOM]) == 4 and not set(groups[report.RANDOM]) & {1, 4, 2, 5}
-    assert report.choose_examples(before, after) == groups
+    groups = choose_examples(before, after)
+    assert groups[MOST_GAINED] == [1, 4]
+    assert groups[MOST_LOST] == [2, 5]
+    assert len(groups[RANDOM]) == 4 and not set(groups[RANDOM]) & {1, 4, 2, 5}
+    assert choose_examples(before, after) == groups
 
 
-def test_only_a_gain_is_called_a_gain(report):
+def test_only_a_gain_is_called_a_gain():
     """With few prompts, or without a loss, groups are smaller; every prompt can be drawn."""
-    groups = report.choose_examples([0.1, 0.2, 0.3], [0.4, 0.2, math.nan])
-    assert groups[report.MOST_GAINED] == [0] and groups[report.MOST_LOST] == []
-    assert sorted(groups[report.RANDOM]) == [1, 2]
-    assert report.choose_examples([], []) == {report.MOST_GAINED: [], report.MOST_LOST: [], report.RANDOM: []}
+    groups = choose_examples([0.1, 0.2, 0.3], [0.4, 0.2, math.nan])
+    assert groups[MOST_GAINED] == [0] and groups[MOST_LOST] == []
+    assert sorted(groups[RANDOM]) == [1, 2]
+    assert choose_examples([], []) == {MOST_GAINED: [], MOST_LOST: [], RANDOM: []}
 
 
 def train_visibly(trainer: MixGRPOTrainer) -> None:
@@ -244,16 +236,16 @@ def train_visibly(trainer: MixGRPOTrainer) -> None:
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_images_are_those_that_the_evaluation_scored(report, tmp_path, tiny_pipe, lora):
+def test_images_are_those_that_the_evaluation_scored(tmp_path, tiny_pipe, lora):
     prompts = [{"prompt": f"{row['prompt']} {noun}"} for noun in ("cat", "sea") for row in PROMPTS]
     trainer = make_trainer(tmp_path, pipe=tiny_pipe, lora=lora, eval_dataset=prompts, per_device_eval_batch_size=4)
-    before = report.evaluate(trainer)
+    before = evaluate(trainer)
     images_before = trainer.sample_images([row["prompt"] for row in prompts])
     train_visibly(trainer)
-    after = report.evaluate(trainer)
-    examples = report.sample_examples(trainer, before, after)
+    after = evaluate(trainer)
+    examples = sample_examples(trainer, before, after)
 
-    groups = report.choose_examples(before.scores, after.scores) if lora else {report.FIRST: list(range(8))}
+    groups = choose_examples(before.scores, after.scores) if lora else {FIRST: list(range(8))}
     chosen = [(group, index) for group, indices in groups.items() for index in indices]
     assert [(example.group, example.index) for example in examples] == chosen and len(chosen) >= 6
     assert np.mean(before.scores) == pytest.approx(before.metrics["eval_reward"])
@@ -265,11 +257,11 @@ def test_images_are_those_that_the_evaluation_scored(report, tmp_path, tiny_pipe
             assert redness([example.prompt], [image]) == pytest.approx([score], abs=1 / 255)
         changes.append(largest_difference(example.before, example.after))
     assert max(changes) > 10  # or the images from before could be those from after
-    report.draw_before_after(examples, str(tmp_path))
+    draw_before_after(examples, str(tmp_path))
     assert is_drawn(tmp_path / "before_after.png")
 
 
-def test_another_lora_does_not_pass_the_reload_check(report, tmp_path):
+def test_another_lora_does_not_pass_the_reload_check(tmp_path):
     """The LoRA file holds other weights than the policy."""
     trainer = make_trainer(
         tmp_path,
@@ -280,10 +272,10 @@ def test_another_lora_does_not_pass_the_reload_check(report, tmp_path):
         height=64,
         width=64,
     )
-    evaluation = report.evaluate(trainer)
+    evaluation = evaluate(trainer)
     trainer.save_model()
-    examples = report.sample_examples(trainer, evaluation, evaluation)
-    assert report.check_reload(trainer, toy.path(), examples) <= 8
+    examples = sample_examples(trainer, evaluation, evaluation)
+    assert check_reload(trainer, toy.path(), examples) <= 8
     train_visibly(trainer)
     with pytest.raises(RuntimeError, match="must give the images of the trained policy"):
-        report.check_reload(trainer, toy.path(), report.sample_examples(trainer, evaluation, evaluation))
+        check_reload(trainer, toy.path(), sample_examples(trainer, evaluation, evaluation))

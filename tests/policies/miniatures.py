@@ -1,0 +1,267 @@
+"""Miniature pipelines with random weights, one per family that is not FLUX.1. Their images are of 32x32 pixels."""
+
+import re
+import string
+from collections.abc import Callable
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from helpers import build_pipeline
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Punctuation, Sequence, Split
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATE_WORDS = re.findall(
+    "[A-Za-z]+|[:,]",
+    "system user assistant Describe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:",
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Reads the words of chat templates as one token each, and other words letter by letter."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = list(string.ascii_letters)
+    words = [*special, "[UNK]", "\n", *letters, *(f"##{letter}" for letter in letters), *dict.fromkeys(TEMPLATE_WORDS)]
+    tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    newlines = Split(Regex("\n"), "isolated")
+    tokenizer.pre_tokenizer = Sequence([Split(" ", "removed"), newlines, Punctuation()])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=special[0],
+        additional_special_tokens=special[1:],
+        unk_token="[UNK]",
+        chat_template=CHAT_TEMPLATE,
+    )
+    fast.padding_side = "right"
+    return fast
+
+
+def build_sd3(seed: int = 0, dual_attention: bool = True) -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3.5: latents of 4 channels, 16x16."""
+    flux = build_pipeline(seed)  # has both tokenizers, the T5 encoder and a VAE that fits
+    clip = CLIPTextConfig(
+        vocab_size=flux.text_encoder.config.vocab_size,
+        hidden_size=16,
+        projection_dim=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    text_encoder, text_encoder_2 = (CLIPTextModelWithProjection(clip).eval() for _ in range(2))
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        out_channels=4,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,) if dual_attention else (),
+    )
+    return quiet(
+        StableDiffusion3Pipeline(
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=flux.vae,
+            text_encoder=text_encoder,
+            tokenizer=flux.tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=flux.tokenizer,
+            text_encoder_3=flux.text_encoder_2,
+            tokenizer_3=flux.tokenizer_2,
+        )
+    )
+
+
+def build_qwen_image(seed: int = 0) -> QwenImagePipeline:
+    """Qwen-Image: 64 packed tokens of 16, with statistics of the latents that are not those of a standard normal."""
+    torch.manual_seed(seed)
+    tokenizer = chat_tokenizer()
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 4, 4),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, -0.4],
+        latents_std=[0.8, 1.1, 1.4, 0.9],
+    )
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
+        },
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
+    )
+    return quiet(
+        QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=vae.eval(),
+            text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+            tokenizer=tokenizer,
+            transformer=transformer.eval(),
+        )
+    )
+
+
+def build_z_image(seed: int = 0) -> ZImagePipeline:
+    """Z-Image: latents of 4 channels, 16x16."""
+    torch.manual_seed(seed)
+    tokenizer = chat_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    with torch.no_grad():  # the class leaves these two as they are in memory
+        transformer.x_pad_token.fill_(1.0)
+        transformer.cap_pad_token.fill_(1.0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=0.36,
+        shift_factor=0.12,
+    )
+    return quiet(
+        ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae.eval(),
+            text_encoder=Qwen3Model(qwen3_config(len(tokenizer), layers=2)).eval(),
+            tokenizer=tokenizer,
+            transformer=transformer.eval(),
+        )
+    )
+
+
+def build_flux2_klein(seed: int = 0, is_distilled: bool = False) -> Flux2KleinPipeline:
+    """FLUX.2-klein: 64 packed tokens of 16. Its encoder has the 27 layers that the pipeline reads."""
+    torch.manual_seed(seed)
+    tokenizer = chat_tokenizer()
+    transformer = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    vae.bn.running_mean.normal_(0, 0.2)
+    vae.bn.running_var.uniform_(0.5, 1.5)
+    return quiet(
+        Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=vae.eval(),
+            text_encoder=Qwen3ForCausalLM(qwen3_config(len(tokenizer), layers=27)).eval(),
+            tokenizer=tokenizer,
+            transformer=transformer.eval(),
+            is_distilled=is_distilled,
+        )
+    )
+
+
+def qwen3_config(vocab_size: int, layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+    )
+
+
+def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+MINIATURES: dict[str, Callable[..., DiffusionPipeline]] = {
+    "flux": build_pipeline,
+    "flux2-klein": build_flux2_klein,
+    "qwen-image": build_qwen_image,
+    "stable-diffusion-3": build_sd3,
+    "z-image": build_z_image,
+}

@@ -1,0 +1,292 @@
+"""Each family does what its stock pipeline does, and trains: the proof that a policy's file is right."""
+
+import copy
+import functools
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from helpers import PROMPTS, assert_same, make_trainer, trained
+from miniatures import MINIATURES
+from peft import LoraConfig
+
+from diffusers_mixgrpo import MixedODESDEScheduler, hybrid_inference, policy_class, sample_trajectories
+from diffusers_mixgrpo.policies import FAMILIES, PipelinePolicy
+
+
+TEXTS = ["a cat", "two big dogs"]  # of different lengths
+SEEDS = [11, 12]
+SIZE = {"height": 32, "width": 48}
+STEPS = 5
+# Guidance scales without and with a second pass. The flux family has none.
+SCALES = {"flux": (0.0, 3.5), "flux2-klein": (1.0, 4.0), "qwen-image": (1.0, 4.0)}
+SCALES |= {"stable-diffusion-3": (1.0, 7.0), "z-image": (0.0, 5.0)}
+CASES = [(name, scale) for name, scales in SCALES.items() for scale in scales]
+FAMILY = pytest.mark.parametrize("family", MINIATURES)
+
+
+@functools.cache
+def shared(family: str) -> DiffusionPipeline:
+    """The miniature pipeline of a family; tests must leave it as it is."""
+    return MINIATURES[family]()
+
+
+def copied(family: str) -> DiffusionPipeline:
+    pipe = shared(family)
+    parts = {name: copy.deepcopy(part) for name, part in pipe.components.items()}
+    own = type(pipe)(**parts)
+    own.set_progress_bar_config(disable=True)
+    return own
+
+
+def make_policy(pipe, scale, texts=TEXTS, length=None) -> PipelinePolicy:
+    """With texts padded to the longest of them, as the stock pipelines do that pad to the longest of a call."""
+    policy = policy_class(type(pipe).__name__)
+    if length is None:
+        length = 24
+        if policy.family == "qwen-image":
+            length = pipe.encode_prompt(texts)[0].shape[1]
+    return policy(pipe, **SIZE, num_inference_steps=STEPS, guidance_scale=scale, max_sequence_length=length)
+
+
+def stock(policy, texts, output_type="pil", **arguments):
+    """The output of the stock pipeline's `__call__`."""
+    arguments = policy.call_arguments | arguments
+    if "negative_prompt" in arguments and policy.family in ("qwen-image", "z-image"):  # which repeat no text
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(texts)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(texts)]]
+    return policy.pipe(prompt=list(texts), generator=generators, output_type=output_type, **arguments).images
+
+
+def roll_out(policy, texts=TEXTS, group=1, start=0, size=0, **config):
+    scheduler = MixedODESDEScheduler.from_config(
+        policy.pipe.scheduler.config, window_start=start, window_size=size, **config
+    )
+    return sample_trajectories(
+        policy,
+        scheduler,
+        policy.encode(texts),
+        policy.initial_latents(SEEDS[: len(texts)]),
+        num_generations=group,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+# ---- Rollouts ----
+
+
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one", "two"])
+@pytest.mark.parametrize("family, scale", CASES)
+def test_a_rollout_without_a_window_is_the_stock_pipeline(family, scale, texts):
+    policy = make_policy(shared(family), scale, texts)
+    assert policy.is_guided == (family != "flux" and scale == SCALES[family][1])
+    trajectory = roll_out(policy, texts)
+    latents = stock(policy, texts, "latent")
+    if latents.shape == trajectory.latents.shape:  # not where the pipeline returns them unpacked
+        assert torch.equal(trajectory.latents, latents)
+    images = stock(policy, texts)
+    assert len(images) == len(texts) and np.asarray(images[0]).std() > 5
+    for ours, theirs in zip(policy.decode(trajectory.latents), images, strict=True):
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.mark.parametrize("family, scale", CASES)
+def test_the_shared_prefix_is_the_stock_pipelines(family, scale):
+    policy = make_policy(shared(family), scale)
+    states = []
+
+    def keep(pipe, step, timestep, tensors):
+        states.append(tensors["latents"])
+        return {}
+
+    stock(policy, TEXTS, "latent", callback_on_step_end=keep)
+    trajectory = roll_out(policy, group=3, start=2, size=2)
+    assert trajectory.states.shape == (6, 3, *policy.latent_shape)
+    assert torch.equal(trajectory.states[:, 0], states[1].repeat_interleave(3, 0))
+
+
+# A log-prob is a mean over elements whose velocity rounds differently in other batches: by a few units of 2^-23 times
+# the number of layers. Guidance multiplies the difference of two passes, and `cps` divides by small stds at late
+# steps.
+@pytest.mark.parametrize("places", [{"start": 0}, {"start": 2}, {"start": 1, "suffix_ratio": 0.5}], ids=str)
+@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps", "dpm"])
+@FAMILY
+def test_the_ratio_is_one_before_the_first_update(family, sde_type, places):
+    policy = make_policy(shared(family), SCALES[family][1], length=30)
+    trajectory = roll_out(policy, group=2, size=2, sde_type=sde_type, **places)
+    images, steps = trajectory.transition_indices()
+    assert len(images) == 8
+    for size in (1, 3, 8):
+        for part in torch.arange(len(images)).split(size):
+            with torch.no_grad():
+                replay = trajectory.replay(policy, images[part], steps[part])
+            ratio = torch.exp(replay.log_probs - trajectory.log_probs[images[part], steps[part]])
+            assert (ratio - 1).abs().max() <= 1e-5
+
+
+@FAMILY
+def test_a_prompt_is_the_same_in_each_batch(family):
+    policy = make_policy(shared(family), SCALES[family][1], length=30)
+    together, alone = policy.encode(TEXTS), policy.encode(TEXTS[1:])
+    for name, rows in together.rows.items():
+        torch.testing.assert_close(rows[1:], alone.rows[name], rtol=1e-5, atol=1e-5)
+    for name, tensor in together.shared.items():
+        assert torch.equal(tensor, alone.shared[name])
+
+
+# ---- Guidance ----
+
+
+@pytest.mark.parametrize("family", [name for name in MINIATURES if name != "flux"])
+@torch.no_grad()
+def test_guidance_is_a_second_pass_only_where_it_is_on(family):
+    pipe = shared(family)
+    images = []  # of each pass
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: images.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
+    )
+    try:
+        for scale in SCALES[family]:
+            policy = make_policy(pipe, scale)
+            images.clear()
+            policy.velocity(policy.initial_latents(SEEDS), torch.tensor(700.0), policy.encode(TEXTS))
+            assert sum(images) == 2 * policy.passes_per_step
+            assert policy.passes_per_step == (2 if policy.is_guided else 1)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("family", ["qwen-image", "stable-diffusion-3", "z-image"])
+@torch.no_grad()
+def test_a_negative_prompt(family):
+    policy = make_policy(shared(family), SCALES[family][1])
+    other = type(policy)(
+        policy.pipe, **SIZE, guidance_scale=policy.guidance_scale, max_sequence_length=24, negative_prompt="ugly red"
+    )
+    latents = policy.initial_latents(SEEDS)
+    velocities = [each.velocity(latents, torch.tensor(700.0), each.encode(TEXTS)) for each in (policy, other)]
+    assert not torch.allclose(*velocities)
+    assert other.call_arguments["negative_prompt"] == "ugly red"
+    assert other.with_sampling(height=48).negative_prompt == "ugly red"
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2-klein"])
+def test_pipelines_without_a_negative_prompt_refuse_one(family):
+    pipe = shared(family)
+    with pytest.raises(ValueError, match=f"`negative_prompt` must be None for a {type(pipe).__name__}, .*got 'ugly'"):
+        policy_class(type(pipe).__name__)(pipe, negative_prompt="ugly")
+
+
+def test_a_distilled_klein_is_not_guided():
+    pipe = MINIATURES["flux2-klein"](is_distilled=True)
+    policy = make_policy(pipe, 4.0)
+    assert not policy.is_guided
+    assert "negative_prompt_embeds" not in policy.encode(TEXTS).rows
+    for ours, theirs in zip(policy.decode(roll_out(policy).latents), stock(policy, TEXTS), strict=True):
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_sd3_without_its_t5_encoder():
+    parts = dict(shared("stable-diffusion-3").components)
+    pipe = type(shared("stable-diffusion-3"))(**parts | {"text_encoder_3": None, "tokenizer_3": None})
+    pipe.set_progress_bar_config(disable=True)
+    policy = make_policy(pipe, 7.0)
+    assert torch.equal(roll_out(policy).latents, stock(policy, TEXTS, "latent"))
+
+
+# ---- Training ----
+
+
+def trainer_of(family, output_dir, scale=None, **changes):
+    scale = SCALES[family][1] if scale is None else scale
+    settings = {"pipe": copied(family), "guidance_scale": scale, "max_sequence_length": 30, "eval_dataset": PROMPTS}
+    return make_trainer(output_dir, **settings | changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [LoraConfig(r=4, lora_alpha=64), False], ids=["lora", "full"])
+@FAMILY
+def test_training_raises_a_reward(family, lora, tmp_path):
+    settings = {"learning_rate": 2e-2 if lora else 5e-3, "max_steps": 24, "per_device_train_batch_size": 8}
+    trainer = trainer_of(family, tmp_path, lora=lora, num_generations=8, logging_steps=24, **settings)
+    before = trainer.evaluate()
+    trainer.train()
+    assert trainer.evaluate()["eval_reward"] > before["eval_reward"] + before["eval_rewards/redness/std"]
+
+
+@FAMILY
+def test_the_saved_lora_gives_the_trainers_images_in_the_stock_pipeline(family, tmp_path):
+    trainer = trainer_of(family, tmp_path, lora=LoraConfig(r=4, lora_alpha=256), max_steps=4, learning_rate=5e-2)
+    trainer.train()
+    trainer.save_model()
+    images = trainer.sample_images([TEXTS[1]], [3])
+    pipe = copied(family)
+    arguments = trainer.evaluator.policy.call_arguments
+
+    def sample():
+        return pipe(prompt=TEXTS[1], generator=torch.Generator().manual_seed(3), **arguments).images[0]
+
+    untrained = np.asarray(sample(), dtype=int)
+    pipe.load_lora_weights(str(tmp_path))
+    difference = np.asarray(sample(), dtype=int) - np.asarray(images[0], dtype=int)
+    assert np.abs(difference).max() <= 1
+    assert np.abs(untrained - np.asarray(images[0], dtype=int)).max() > 5
+
+
+@FAMILY
+def test_a_resumed_run_is_the_uninterrupted_one(family, tmp_path):
+    whole = trainer_of(family, tmp_path / "whole", max_steps=4)
+    whole.train()
+    first = trainer_of(family, tmp_path / "parts", max_steps=4, save_strategy="steps", save_steps=2)
+    first.train()
+    second = trainer_of(family, tmp_path / "parts", max_steps=4)
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    assert_same(trained(second), trained(whole))
+
+
+@FAMILY
+def test_the_options_of_a_run(family, tmp_path):
+    """The preflight, cached embeddings, hybrid inference, gradient checkpointing, bfloat16, the VAE off the device."""
+    options = {"gradient_checkpointing": True, "bf16": True, "offload_vae": True, "cache_prompt_embeds": True}
+    trainer = trainer_of(family, tmp_path, max_steps=2, **options)
+    report = trainer.preflight()
+    passes = trainer.engine.policy.passes_per_step
+    assert report.nfe_per_image == passes * 5 and "ratio" in str(report)
+    trainer.train()
+    assert trainer.state.log_history[0]["nfe"] == passes * 5
+    trained_images = trainer.sample_images([TEXTS[0]], [3])
+    with hybrid_inference(trainer.pipe, trained_ratio=0):
+        base_images = trainer.sample_images([TEXTS[0]], [3])
+    untrained = trainer_of(family, tmp_path / "untrained", bf16=True, cache_prompt_embeds=True)
+    expected = untrained.sample_images([TEXTS[0]], [3])
+    assert np.array_equal(np.asarray(base_images[0]), np.asarray(expected[0]))
+    assert not np.array_equal(np.asarray(trained_images[0]), np.asarray(expected[0]))
+
+
+# ---- What a family declares ----
+
+
+@FAMILY
+def test_lora_targets_exist(family):
+    policy = policy_class(type(shared(family)).__name__)
+    names = [name for name, _ in shared(family).transformer.named_modules()]
+    for target in policy.lora_target_modules:
+        assert any(name.endswith(f".{target}") for name in names), target
+    copied(family).transformer.add_adapter(LoraConfig(target_modules=list(policy.lora_target_modules)))
+
+
+@FAMILY
+def test_defaults_are_those_of_the_pipelines_call(family):
+    pipe = shared(family)
+    policy = policy_class(type(pipe).__name__)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(pipe.__call__).parameters.items()}
+    assert policy.default_guidance_scale == defaults[policy.guidance_argument]
+    assert policy.default_sequence_length == defaults["max_sequence_length"]
+    assert ("negative_prompt" in defaults) == (policy.default_negative_prompt is not None) or family == "flux"
+
+
+def test_every_family_is_tested():
+    tested = {type(shared(family)).__name__ for family in MINIATURES}
+    assert tested == set(FAMILIES) - {"Flux2Pipeline"}
