@@ -1,1 +1,1 @@
-"""What a run shows: sample grids and the model card."""
+"""What a run shows: sample grids, the model card, and the HTML report."""
