@@ -449,31 +449,6 @@ def test_the_best_model_is_loaded_at_the_end(make):
     assert_same(trained(trainer), weights[4])
 
 
-def test_push_to_hub(make, tmp_path, monkeypatch):
-    """What would be uploaded, and where to; only the network is missing."""
-    uploads = []
-
-    class Hub:
-        def create_repo(self, name, **kwargs):
-            return type("Url", (), {"repo_id": f"someone/{name}"})
-
-        def upload_folder(self, repo_id, folder_path, **kwargs):
-            uploads.append((repo_id, sorted(os.listdir(folder_path)), kwargs["ignore_patterns"]))
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
-    trainer = make(max_steps=2)
-    trainer.train()
-    trainer.push_to_hub(dataset="someone/prompts")
-    assert uploads == [
-        (
-            "someone/output",
-            ["README.md", "history.jsonl", "pytorch_lora_weights.safetensors", "run.json", "training_args.bin"],
-            ["_*", "checkpoint-*"],
-        )
-    ]
-    assert 'load_lora_weights("someone/output"' in (tmp_path / "output" / "README.md").read_text()
-
-
 # ---- Errors and interruptions ----
 
 

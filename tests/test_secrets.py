@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from helpers import make_trainer, small_config
+from hub_server import hub  # noqa: F401  # a fixture
 
 from diffusers_mixgrpo import MixGRPOConfig
 from diffusers_mixgrpo.commands.summary import write_summary
@@ -30,20 +31,10 @@ def secret_arguments(reward="mine:Constant"):
     }
 
 
-def test_secrets_are_written_nowhere(tmp_path, pipeline_folder, monkeypatch, caplog, capfd):
+def test_secrets_are_written_nowhere(tmp_path, pipeline_folder, hub, monkeypatch, caplog, capfd):  # noqa: F811
     """Neither into files, pushed ones included, nor into logs; but they reach what they are for."""
-    uploads = []
-
-    class Hub:
-        def create_repo(self, name, token=None, **kwargs):
-            return type("Url", (), {"repo_id": f"someone/{name}"})
-
-        def upload_folder(self, repo_id, folder_path, token=None, **kwargs):
-            uploads.append(token)
-            assert_no_secret(folder_path)
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
-    monkeypatch.setattr("transformers.trainer.PushInProgress.is_done", lambda self: True)
+    secret = f"{SECRET}-hub"
+    monkeypatch.setattr("hub_server.WRITE", secret)
     caplog.set_level(logging.DEBUG)
     (tmp_path / "mine.py").write_text(CONSTANT)
     monkeypatch.chdir(tmp_path)
@@ -70,7 +61,8 @@ def test_secrets_are_written_nowhere(tmp_path, pipeline_folder, monkeypatch, cap
     assert_no_secret(tmp_path / "output")
     printed = capfd.readouterr()
     assert SECRET not in printed.out + printed.err + caplog.text
-    assert len(uploads) >= 3 and set(uploads) == {f"{SECRET}-hub"}
+    assert len(hub.commits) >= 2 and {t for _, path, t in hub.requests if "/commit/" in path} == {secret}
+    assert not any(SECRET.encode() in data for data in hub.files["someone/output"].values())
     for name in ("", "checkpoint-2"):
         saved = torch.load(tmp_path / "output" / name / "training_args.bin", weights_only=False)
         assert isinstance(saved, MixGRPOConfig) and saved.hub_token is None and saved.max_steps == 4

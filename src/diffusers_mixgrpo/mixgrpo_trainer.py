@@ -20,6 +20,7 @@ from transformers.utils import logging
 from .core.advantages import normalize_weights
 from .mixgrpo_config import MixGRPOConfig
 from .policies import policy_class
+from .policies.adapters import check_peft_config
 from .policies.base import require_multiple
 from .policies.loading import check_source, load_pipeline
 from .policies.preparation import check_prepared, place_components, prepare_pipeline, rename_gradient_checkpointing
@@ -38,6 +39,7 @@ from .training.engine import Engine, Rollout, TrainingBatch, make_scheduler
 from .training.evaluation import Evaluation, Evaluator
 from .training.faults import FaultBoard, RankError
 from .training.hacking_guard import HackingGuard
+from .training.hub import HubTrainer, repository_of
 from .training.interruptions import Interruptions, StopOnAllRanks
 from .training.memory import find_pass_size
 from .training.metrics import MetricBuffer, by_place
@@ -46,14 +48,14 @@ from .training.plan import IterationPlan, PromptDataset, PromptSampler, Row, pro
 from .training.preflight import preflight
 from .training.preflight_report import PreflightReport
 from .training.samples import Sample, SampleGroup, Samples, are_due, extreme_groups, fixed_rows, sample_fixed
-from .training.saving import ON_ALL_RANKS, SavingTrainer
+from .training.saving import ON_ALL_RANKS
 from .training.sharding import check_launch, use_autocast_in_deepspeed
 
 
 logger = logging.get_logger(__name__)
 
 
-class MixGRPOTrainer(SavingTrainer):
+class MixGRPOTrainer(HubTrainer):
     """
     Trainer for MixGRPO (https://arxiv.org/abs/2507.21802): a [`~transformers.Trainer`] of a pipeline's transformer.
 
@@ -147,6 +149,9 @@ class MixGRPOTrainer(SavingTrainer):
         for name, part in evaluations(eval_dataset).items():
             check_dataset(name, part)
         check_source(model, args)
+
+        is_first = args.process_index == 0
+        self._opened = repository_of(args).open() if args.push_to_hub and is_first else None
 
         # 2. The rewards
         kwargs = args.reward_init_kwargs if isinstance(args.reward_init_kwargs, dict) else {}
@@ -675,6 +680,8 @@ def _check_arguments(
             "`reward(prompts, images, **columns) -> list[float | None]`, or a name such as 'hpsv2'."
         )
     check_launch(args)
+    if peft_config is not None:
+        check_peft_config(peft_config)
     if args.n_gpu > 1:
         raise ValueError(
             f"One process must see one GPU, got {args.n_gpu}, which torch's DataParallel would share. Start one "

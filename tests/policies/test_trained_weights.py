@@ -11,8 +11,9 @@ from diffusers import FluxPipeline
 from helpers import make_trainer, small_config
 from peft import LoraConfig
 
+from diffusers_mixgrpo.policies.adapters import TrainedWeights
 from diffusers_mixgrpo.policies.flux import FluxPolicy
-from diffusers_mixgrpo.policies.preparation import TrainedWeights, prepare_pipeline
+from diffusers_mixgrpo.policies.preparation import prepare_pipeline
 from diffusers_mixgrpo.policies.trained_weights import load_trained_weights, save_trained_weights
 
 

@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.hooks import CpuOffload
@@ -14,18 +14,12 @@ from torch import nn
 from transformers.utils import logging
 
 from ..mixgrpo_config import MixGRPOConfig
+from .adapters import TrainedWeights, prepare_adapter
 from .base import PipelinePolicy
 from .loading import NO_FULL_FINE_TUNING
 
 
 logger = logging.get_logger(__name__)
-
-
-class TrainedWeights(NamedTuple):
-    """Which weights of the transformer are trained: those of a LoRA, by the name of its adapter, or all."""
-
-    is_lora: bool
-    adapter_name: str
 
 
 def prepare_pipeline(
@@ -37,8 +31,8 @@ def prepare_pipeline(
     The transformer then gets diffusers' own options: the attention backend and compiled blocks.
 
     Raises:
-        `ValueError`: If there is a LoRA already and another one is passed, if several are active, if quantized
-            weights are to be trained, or if hooks take the transformer off the device.
+        `ValueError`: If a stock pipeline would not load the LoRA (see [`prepare_adapter`]), if quantized weights are
+            to be trained, or if hooks take the transformer off the device.
     """
     pipe = policy.pipe
     transformer = pipe.transformer
@@ -48,7 +42,7 @@ def prepare_pipeline(
             component.requires_grad_(False).eval()
     if all(parameter.dim() < 5 for parameter in pipe.vae.parameters()):  # not a VAE of videos
         pipe.vae.to(memory_format=torch.channels_last)  # faster convolutions
-    weights = _prepare_adapter(policy, peft_config)
+    weights = prepare_adapter(policy, peft_config)
     if getattr(transformer, "is_quantized", False):
         if not weights.is_lora:
             raise ValueError(f"`model`: {NO_FULL_FINE_TUNING}")
@@ -100,33 +94,6 @@ def check_prepared(transformer: ModelMixin, weights: TrainedWeights) -> None:
             f"The pipeline must have the active LoRAs {expected} that this trainer was made with, got {active}: "
             "another trainer or a call changed them since. Use a pipeline per trainer, or make a new trainer."
         )
-
-
-def _prepare_adapter(policy: PipelinePolicy, peft_config: PeftConfig | None) -> TrainedWeights:
-    transformer = policy.pipe.transformer
-    loaded = list(getattr(transformer, "peft_config", {}))
-    if peft_config is not None:
-        if loaded:
-            raise ValueError(
-                f"`peft_config` must be None for a pipeline that has a LoRA, got one for a transformer with {loaded}. "
-                "Leave it out to go on training that LoRA, or merge it first with `pipe.fuse_lora()` and "
-                "`pipe.unload_lora_weights()`."
-            )
-        peft_config = copy.copy(peft_config)
-        if peft_config.target_modules is None:
-            peft_config.target_modules = list(policy.lora_target_modules)
-        transformer.add_adapter(peft_config, "default")
-        return TrainedWeights(is_lora=True, adapter_name="default")
-    if not loaded:
-        return TrainedWeights(is_lora=False, adapter_name="default")
-    active = transformer.active_adapters()
-    if len(active) != 1:
-        raise ValueError(
-            f"The transformer must have one active LoRA to train, got {len(active)}: {active}. Choose one with "
-            "`pipe.set_adapters(name)`."
-        )
-    transformer.set_adapter(active[0])  # also makes its weights trainable
-    return TrainedWeights(is_lora=True, adapter_name=active[0])
 
 
 def compile_repeated_blocks(transformer: ModelMixin) -> None:

@@ -1,6 +1,8 @@
 """The files of trained weights, as diffusers loads them: a LoRA, or the whole transformer."""
 
+import contextlib
 import os
+import shutil
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -8,11 +10,12 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .preparation import TrainedWeights
+from .adapters import TrainedWeights
 
 
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDER = "transformer"
+_SCALE = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora")  # settings of a LoRA that its shapes do not show
 EMA_FOLDER = "ema"  # holds the same files with the moving average of the trained weights
 
 
@@ -71,6 +74,30 @@ def _gather(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def copy_trained_weights(source: str, target: str, weights: TrainedWeights) -> None:
+    """Copy a checkpoint's files of [`save_trained_weights`], and those of a moving average, into another folder."""
+    name = LORA_WEIGHTS_NAME if weights.is_lora else TRANSFORMER_FOLDER
+    remove_trained_weights(os.path.join(target, EMA_FOLDER))
+    for part in (name, os.path.join(EMA_FOLDER, name)):
+        path, copy = os.path.join(source, part), os.path.join(target, part)
+        if os.path.isdir(path):
+            shutil.copytree(path, copy, dirs_exist_ok=True)
+        elif os.path.isfile(path):
+            os.makedirs(os.path.dirname(copy), exist_ok=True)
+            shutil.copy(path, copy)
+
+
+def remove_trained_weights(folder: str) -> None:
+    """Remove the files of [`save_trained_weights`], of both kinds, and the folder if nothing else is in it."""
+    if not os.path.isdir(folder):
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(folder, LORA_WEIGHTS_NAME))
+    shutil.rmtree(os.path.join(folder, TRANSFORMER_FOLDER), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
 def load_trained_weights(pipe: DiffusionPipeline, folder: str, weights: TrainedWeights) -> None:
     """
     Load the files of [`save_trained_weights`] back into the pipeline in training.
@@ -109,18 +136,27 @@ def _save_lora(
             pipe.transformer, state_dict=state_dict, adapter_name=adapter_name
         ),
         # It holds the LoRA's alpha: without it a LoRA would be loaded with a scale as if alpha were its rank.
-        transformer_lora_adapter_metadata=pipe.transformer.peft_config[adapter_name].to_dict(),
+        # Dropout is off in training, and would be on in a stock pipeline.
+        transformer_lora_adapter_metadata=pipe.transformer.peft_config[adapter_name].to_dict() | {"lora_dropout": 0.0},
         weight_name=LORA_WEIGHTS_NAME,
     )
 
 
 def _load_lora(pipe: DiffusionPipeline, folder: str, adapter_name: str) -> None:
-    state_dict = pipe.lora_state_dict(folder, weight_name=LORA_WEIGHTS_NAME)
+    state_dict, metadata = pipe.lora_state_dict(folder, weight_name=LORA_WEIGHTS_NAME, return_lora_metadata=True)
     state_dict = {key.removeprefix("transformer."): value for key, value in state_dict.items()}
     own = get_peft_model_state_dict(pipe.transformer, adapter_name=adapter_name)
     if {key: value.shape for key, value in state_dict.items()} != {key: value.shape for key, value in own.items()}:
         raise ValueError(
             f"The LoRA in {folder!r} has other layers or another rank than this trainer's. Resume with the "
             "`peft_config` that it was trained with."
+        )
+    config = pipe.transformer.peft_config[adapter_name]
+    saved = {name: (metadata or {}).get(f"transformer.{name}") for name in _SCALE}
+    if metadata and any(saved[name] != getattr(config, name) for name in _SCALE):
+        got = ", ".join(f"{name}={saved[name]} instead of {getattr(config, name)}" for name in _SCALE)
+        raise ValueError(
+            f"The LoRA in {folder!r} has another scale than this trainer's: {got}. Resume with the `peft_config`, or "
+            "the weight in `pipe.set_adapters`, that it was trained with."
         )
     set_peft_model_state_dict(pipe.transformer, state_dict, adapter_name=adapter_name)

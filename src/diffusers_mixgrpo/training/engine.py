@@ -42,7 +42,8 @@ from ..core.transitions import Transitions, gaussian_kl, velocity_kl
 from ..mixgrpo_config import MixGRPOConfig
 from ..policies import PipelinePolicy
 from ..policies.accelerations import accelerated_ode
-from ..policies.preparation import TrainedWeights, make_reference
+from ..policies.adapters import TrainedWeights
+from ..policies.preparation import make_reference
 from ..rewards.runner import RewardRunner, check_failures, reward_statistics
 from ..scheduling_mixed_ode_sde import MixedODESDEScheduler
 from .phase_timer import PhaseTimer

@@ -12,16 +12,18 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from ..mixgrpo_config import MixGRPOConfig
-from ..policies.preparation import TrainedWeights
+from ..policies.adapters import TrainedWeights
 from ..policies.trained_weights import (
     EMA_FOLDER,
     gather_trained_weights,
     load_trained_weights,
+    remove_trained_weights,
     save_trained_weights,
 )
 from ..rewards.runner import RewardError
@@ -87,7 +89,9 @@ class SavingTrainer(Trainer):
         if self.ema is not None:
             with self.ema.applied():
                 save_trained_weights(self.pipe, os.path.join(output_dir, EMA_FOLDER), self.weights)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+        else:
+            remove_trained_weights(os.path.join(output_dir, EMA_FOLDER))  # of an earlier run
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     # ---- Checkpoints ----
 
@@ -161,11 +165,6 @@ class SavingTrainer(Trainer):
         # Sharded weights can only be saved by all ranks together, so signals wait until all ranks know of them.
         if not self.engine.is_sharded:
             self.interruptions.release()
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Overridden since the Trainer copies files of its own names from the checkpoint; these are written anew.
-        self._save(self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
 
     # ---- Resuming ----
 
