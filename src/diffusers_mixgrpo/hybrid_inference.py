@@ -69,7 +69,7 @@ def hybrid_inference(
     Example:
 
     ```py
-    >>> pipe = DiffusionPipeline.from_pretrained("path/to/pipeline", torch_dtype=torch.bfloat16).to("cuda")
+    >>> pipe = DiffusionPipeline.from_pretrained("path/to/pipeline", dtype=torch.bfloat16).to("cuda")
     >>> pipe.load_lora_weights("path/to/lora")
     >>> with hybrid_inference(pipe, 0.8) as passes:
     ...     image = pipe(prompt, num_inference_steps=25).images[0]
