@@ -18,6 +18,8 @@ OLDEST_VENV ?= .venv-oldest
 HPSV2_VENV ?= .venv-hpsv2
 # These two fit each other; another torch needs another torchvision.
 HPSV2_TORCH ?= torch==2.14.1 torchvision==0.29.1
+# open_clip's, which the wheel of hpsv2 has left out
+HPSV2_VOCABULARY = open_clip/bpe_simple_vocab_16e6.txt.gz
 # torch of `make test-oldest`: all other packages have the lowest version that setup.cfg allows
 OLDEST_TORCH ?= $(shell grep '^torch==' constraints.txt)
 OLDEST_TESTS = tests/core tests/policies tests/training tests/test_mixgrpo_trainer.py tests/test_mixgrpo_config.py
@@ -92,10 +94,12 @@ $(OLDEST_VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 
 $(HPSV2_VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(HPSV2_VENV)
-	$(HPSV2_VENV)/bin/python -m pip install --quiet $(HPSV2_TORCH)
+	$(HPSV2_VENV)/bin/python -m pip install --quiet $(HPSV2_TORCH) uv
 	grep -v '^torch==' constraints.txt > $(HPSV2_VENV)/constraints.txt
-	$(HPSV2_VENV)/bin/python -m pip install --quiet --constraint $(HPSV2_VENV)/constraints.txt --editable ".[test,hpsv2]"
+	$(HPSV2_VENV)/bin/uv pip install --quiet --python $(HPSV2_VENV)/bin/python \
+		--constraint $(HPSV2_VENV)/constraints.txt $(HPSV2_TORCH) --editable ".[test,hpsv2]"
 	$(HPSV2_VENV)/bin/python -m pip install --quiet --no-deps hpsv2==1.2.0
+	cd $(HPSV2_VENV)/lib/python3*/site-packages && cp $(HPSV2_VOCABULARY) hpsv2/src/open_clip/
 	touch $@
 
 # The sdist and the wheel, checked
