@@ -1,15 +1,19 @@
 """Hybrid inference: the trained model takes the first denoising steps of an image, the base model the rest."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
 
 
 @dataclass
@@ -65,7 +69,7 @@ def hybrid_inference(
     Example:
 
     ```py
-    >>> pipe = DiffusionPipeline.from_pretrained("path/to/pipeline", torch_dtype=torch.bfloat16).to("cuda")
+    >>> pipe = DiffusionPipeline.from_pretrained("path/to/pipeline", dtype=torch.bfloat16).to("cuda")
     >>> pipe.load_lora_weights("path/to/lora")
     >>> with hybrid_inference(pipe, 0.8) as passes:
     ...     image = pipe(prompt, num_inference_steps=25).images[0]
@@ -145,6 +149,8 @@ def _check_arguments(transformer: ModelMixin, trained_ratio: float, base_transfo
 
 def _active_lora_layers(transformer: ModelMixin) -> list[BaseTunerLayer]:
     """The LoRA layers that can be switched off and on again. A fused one cannot: its weights would be rounded."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     return [layer for layer in layers if layer.active_adapters and not layer.disable_adapters and not layer.merged]
 

@@ -268,6 +268,7 @@ class MixGRPOConfig(TrainingArguments):
     > [!NOTE]
     > Defaults that differ from [`~transformers.TrainingArguments`]:
     > - as in TRL: `logging_steps=10`, `remove_unused_columns=False` (other columns go to the rewards);
+    > - `dataloader_pin_memory=False`, since batches are prompts;
     > - `metric_for_best_model="reward"` where there are evaluations, so that `save_total_limit` keeps the best
     >   checkpoint by the reward on held-out prompts;
     > - from the paper: `learning_rate=1e-5` (of full fine-tuning; LoRAs usually take 1e-4 to 3e-4),
@@ -293,6 +294,9 @@ class MixGRPOConfig(TrainingArguments):
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
     per_device_train_batch_size: int = field(default=3, metadata={"help": "Images per device and training batch."})
     logging_steps: float = field(default=10, metadata={"help": "Log at this interval of optimizer steps."})
+    dataloader_pin_memory: bool = field(
+        default=False, metadata={"help": "Pin the memory of batches. They are prompts, which have none to pin."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: other columns than 'prompt' go to the reward functions."}
     )

@@ -203,7 +203,7 @@ def load_pipeline(args: EvaluationArguments, device: str) -> DiffusionPipeline:
     """The pipeline before training."""
     name = args.pretrained_model_name_or_path or toy.path()
     with naming("pretrained_model_name_or_path", name):
-        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=inference_dtype(device))
+        pipe = DiffusionPipeline.from_pretrained(name, dtype=inference_dtype(device))
     pipe.set_progress_bar_config(disable=True)
     if args.shift is not None:
         config = dict(pipe.scheduler.config, shift=args.shift, use_dynamic_shifting=False)
@@ -225,7 +225,7 @@ def load_trained_weights(args: EvaluationArguments, pipe: DiffusionPipeline) -> 
             pipe.transformer = type(transformer).from_pretrained(
                 args.transformer,
                 subfolder=None if is_transformer else "transformer",  # the trainer saves the folder of a pipeline
-                torch_dtype=transformer.dtype,
+                dtype=transformer.dtype,
             )
 
 

@@ -11,6 +11,7 @@ from diffusers.utils import logging
 
 from ..mixgrpo_config import without_secrets
 from ..mixgrpo_trainer import MixGRPOTrainer
+from ..policies.loading import one_progress_bar
 from .before_after import Example, held_out_prompts
 
 
@@ -30,7 +31,8 @@ def check_reload(trainer: MixGRPOTrainer, model: str, examples: list[Example]) -
     """
     args = trainer.args
     logging.set_verbosity_error()  # diffusers warns about a LoRA without weights for the text encoders
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=trainer.pipe.vae.dtype).to(args.device)
+    with one_progress_bar():
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=trainer.pipe.vae.dtype).to(args.device)
     pipe.load_lora_weights(args.output_dir)
     pipe.set_progress_bar_config(disable=True)
     if args.shift is not None:

@@ -1,8 +1,10 @@
 """Loading a pipeline of a supported family: its class, its precision, quantized parts."""
 
+import contextlib
 import inspect
 import os
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as DIFFUSERS_CONFIGS
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as TRANSFORMERS_CONFIGS
+from transformers.utils.logging import set_tqdm_hook
 
 from ..core.scheduler_configs import flow_matching_config
 from ..mixgrpo_config import MixGRPOConfig
@@ -108,20 +111,31 @@ def _load(name: str, settings: MixGRPOConfig, with_lora: bool) -> DiffusionPipel
     init_kwargs, hub_kwargs = _init_kwargs(settings)
     pipeline_class = policy_class(_class_name(_pipeline_config(name, hub_kwargs))).pipeline_class
     half = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else torch.float32
-    kwargs: dict[str, Any] = {"torch_dtype": half}
-    if not with_lora:
-        kwargs["torch_dtype"] = {"transformer": torch.float32, "default": half}
+    kwargs: dict[str, Any] = {"dtype": half if with_lora else {"transformer": torch.float32, "default": half}}
     kwargs |= init_kwargs
-    if isinstance(kwargs["torch_dtype"], str):
-        kwargs["torch_dtype"] = getattr(torch, kwargs["torch_dtype"])
+    if "torch_dtype" in kwargs:  # the older name
+        kwargs["dtype"] = kwargs.pop("torch_dtype")
+    if isinstance(kwargs["dtype"], str):
+        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
     if isinstance(settings.quantization, dict):
         if not with_lora and "transformer" in settings.quantization.get("components_to_quantize", ()):
             raise ValueError(f"`quantization={settings.quantization}`: {NO_FULL_FINE_TUNING}")
         kwargs["quantization_config"] = make_quantization(settings.quantization, pipeline_class)
     try:
-        return pipeline_class.from_pretrained(name, **kwargs)
+        with one_progress_bar():
+            return pipeline_class.from_pretrained(name, **kwargs)
     except OSError as error:
         raise _not_loaded(name, error) from error
+
+
+@contextlib.contextmanager
+def one_progress_bar() -> Iterator[None]:
+    """Inside, a pipeline that is loaded shows its own progress bar, and none of each text encoder within it."""
+    previous_hook = set_tqdm_hook(lambda tqdm, args, kwargs: tqdm(*args, **(kwargs | {"disable": True})))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(previous_hook)
 
 
 def _init_kwargs(settings: MixGRPOConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,13 +11,13 @@ from ..policies import PipelinePolicy
 from ..policies.trained_weights import EMA_FOLDER, LORA_WEIGHTS_NAME, TRANSFORMER_FOLDER
 
 
-LOAD_LORA = """pipe = {pipeline}.from_pretrained({base_model}, torch_dtype=torch.bfloat16)
+LOAD_LORA = """pipe = {pipeline}.from_pretrained({base_model}, dtype=torch.bfloat16)
 pipe.load_lora_weights({repo_id}, weight_name="{weight_name}")"""
 
 LOAD_FULL = """transformer = {transformer}.from_pretrained(
-    {repo_id}, subfolder="{folder}", torch_dtype=torch.bfloat16
+    {repo_id}, subfolder="{folder}", dtype=torch.bfloat16
 )
-pipe = {pipeline}.from_pretrained({base_model}, transformer=transformer, torch_dtype=torch.bfloat16)"""
+pipe = {pipeline}.from_pretrained({base_model}, transformer=transformer, dtype=torch.bfloat16)"""
 
 TEMPLATE = """# {name}
 

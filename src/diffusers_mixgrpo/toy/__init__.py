@@ -13,13 +13,18 @@ follows prompts poorly; RL closes that gap. All of its classes are those of FLUX
 as `diffusers_mixgrpo.toy:toy_reward`, `diffusers_mixgrpo.toy:wholly_right` and `diffusers_mixgrpo.toy:extra_objects`.
 """
 
+from __future__ import annotations
+
 import random
 from pathlib import Path
-
-from diffusers import DiffusionPipeline
+from typing import TYPE_CHECKING
 
 from .reward import Judgment, extra_objects, judge, toy_reward, wholly_right
 from .scenes import SIZE, Scene, all_captions, caption, draw, is_held_out, parse
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 __all__ = [
@@ -51,6 +56,8 @@ def load() -> DiffusionPipeline:
     A pipeline does not store its default size, so one that is loaded from [`path`] needs `height=64` and `width=64` in
     each call.
     """
+    from diffusers import DiffusionPipeline  # slow to import, and not needed for prompts and rewards
+
     pipe = DiffusionPipeline.from_pretrained(path())
     pipe.default_sample_size = SIZE // pipe.vae_scale_factor
     return pipe
