@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a LoRA or all weights; without arguments, on the bundled tiny model",
     "evaluate": "score the images of a pipeline, before or after training",
     "serve-rewards": "serve rewards over HTTP",
+    "report": "one HTML page of a run, or of two runs, from its folder",
 }
 
 

@@ -127,7 +127,7 @@ def in_words(summary: dict[str, Any], output_dir: str) -> str:
             "Reload check: the saved LoRA in a stock pipeline gives the images of the trained policy "
             f"(largest pixel difference: {summary['reload_max_difference']} of 255)."
         )
-    names = ["reward_curve.png", "summary.json"]
+    names = ["reward_curve.png", "summary.json", "report.html"]
     if os.path.exists(os.path.join(output_dir, "by_window.png")):
         names.insert(1, "by_window.png")
     if summary["eval_prompts"] > 0:

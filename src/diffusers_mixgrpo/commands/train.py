@@ -24,6 +24,7 @@ from .. import argument_rules as must_be
 from .. import toy
 from ..mixgrpo_config import MixGRPOConfig
 from ..mixgrpo_trainer import MixGRPOTrainer
+from ..reports.html_report import write_report
 from .before_after import Evaluation, draw_before_after, evaluate, sample_examples
 from .command_line import TOY_CONFIGURATION, flag, parse
 from .figures import draw_by_window, draw_reward_curve
@@ -47,6 +48,10 @@ class ScriptArguments:
     num_eval_prompts: int | None = flag("Number of held-out prompts. A tenth of all, at most 64, if unset.")
     lora_rank: int = flag("Rank of the LoRA; 0 trains all weights.", 64)
     lora_alpha: int = flag("Scale of the LoRA.", 128)
+    lora_target_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Layers that the LoRA adapts, or all-linear. Those of the pipeline's family if unset."},
+    )
     dry_run: bool = flag("Only print what the run will do and cost.", False)
 
     def __post_init__(self) -> None:
@@ -65,16 +70,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. Build
     train_dataset, eval_dataset = load_prompts(script)
-    peft_config = None
-    if script.lora_rank > 0:
-        peft_config = LoraConfig(r=script.lora_rank, lora_alpha=script.lora_alpha, init_lora_weights="gaussian")
     trainer = MixGRPOTrainer(
         model=script.pretrained_model_name_or_path or toy.path(),
         reward_funcs=script.reward_funcs,
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=peft_config,
+        peft_config=lora_of(script),
         eval_reward_funcs=script.eval_reward_funcs,
     )
     if script.dry_run:
@@ -94,10 +96,23 @@ def main(argv: list[str] | None = None) -> None:
         trainer.push_to_hub()
 
 
+def lora_of(script: ScriptArguments) -> LoraConfig | None:
+    """The LoRA to train, or `None` to train all weights."""
+    if script.lora_rank == 0:
+        return None
+    targets: list[str] | str | None = script.lora_target_modules or None
+    return LoraConfig(
+        r=script.lora_rank,
+        lora_alpha=script.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+    )
+
+
 def report(
     trainer: MixGRPOTrainer, script: ScriptArguments, before: Evaluation, after: Evaluation, seconds: float
 ) -> None:
-    """Write figures and summary, and print the gain. All ranks sample the images; the first one writes."""
+    """Write figures, summary and report, and print the gain. All ranks sample the images; the first one writes."""
     folder = trainer.args.output_dir
     examples = sample_examples(trainer, before, after)
     if not trainer.is_world_process_zero():
@@ -110,6 +125,7 @@ def report(
     if examples and trainer.weights.is_lora and script.pretrained_model_name_or_path is None:
         difference = check_reload(trainer, toy.path(), examples)
     summary = write_summary(trainer, script, before.metrics, after.metrics, seconds, difference)
+    write_report(folder)
     print(in_words(summary, folder))
 
 
