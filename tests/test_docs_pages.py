@@ -62,7 +62,7 @@ def test_files_that_pages_name_exist():
     folders = [ROOT, ROOT / "src" / "diffusers_mixgrpo", ROOT / "examples", ROOT / "examples" / "studies", DOCS]
     # Files of the released scripts, and files that a run or the reader makes
     foreign = ("finetune_", "inference_", "eval_reward", "pytorch_lora", "recipe.yaml", "training_args", "prompts.")
-    foreign += ("gpu_checks.", "evaluation.", "history.", "summary.")
+    foreign += ("gpu_checks.", "evaluation.", "history.", "summary.", "run.", "step_", "model_index.")
     named = 0
     for page, text in WITHOUT_CODE.items():
         if page.name in ("changelog.md", "README.md"):

@@ -55,6 +55,7 @@ def test_the_preset_is_the_papers_and_the_defaults_differ_where_documented(tmp_p
     recommended = {"sde_type": "cps", "eta": 0.5, "scale_rewards": "batch", "step_weighting": "rectified"}
     recommended["lr_scheduler_type"] = "linear"
     default = make(tmp_path)
+    recommended["guidance_scale"] = None  # that of the pipeline: for FLUX.1 the published one
     assert {name: getattr(default, name) for name in published} == published | recommended
     assert config.optimizer_steps_per_iteration == 4
     assert config.prompts_per_iteration == 1
@@ -93,7 +94,6 @@ COUNTS = (
     "height",
     "width",
     "num_inference_steps",
-    "max_sequence_length",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
@@ -107,6 +107,7 @@ COUNTS = (
     "window_min_interval",
 )
 OPTIONAL_COUNTS = (
+    "max_sequence_length",
     "sample_batch_size",
     "decode_batch_size",
     "replay_batch_size",
@@ -173,7 +174,8 @@ BAD_VALUES = {
     "epsilon_high": NOT_POSITIVE,
     "shift": NOT_POSITIVE,
     "beta": (-1.0, NAN, INF, True, "0.1", None),
-    "guidance_scale": (NAN, INF, -INF, True, "3.5", None),
+    "guidance_scale": (NAN, INF, -INF, True, "3.5"),
+    "negative_prompt": (7, True, ["ugly"]),
     "attention_backend": ("flesh", "", 7, True, False),
     "quantization": (
         "nf4",
@@ -428,7 +430,7 @@ def test_merge_lora_without_a_lora_is_refused_before_anything_is_loaded(tmp_path
         ({}, {"rewards": []}, ValueError, "`reward_funcs` must have at least one reward, got an empty list. Pass a"),
         ({"eval_strategy": "steps"}, {}, ValueError, "`eval_strategy` must be 'no' without an `eval_dataset`, got"),
         ({"eval_on_start": True}, {}, ValueError, "`eval_on_start` must be False without an `eval_dataset`, got True"),
-        ({}, {"model": torch.nn.Linear(1, 1)}, TypeError, r"`model` must be .* \(FluxPipeline\), got Linear"),
+        ({}, {"model": torch.nn.Linear(1, 1)}, TypeError, r"`model` must be .* \(FluxPipeline, .*\), got Linear"),
     ],
 )
 def test_arguments_of_the_trainer_are_checked_before_anything_is_loaded(

@@ -148,10 +148,9 @@ class MixGRPOTrainer(HubTrainer):
         check_dataset("train_dataset", train_dataset)
         for name, part in evaluations(eval_dataset).items():
             check_dataset(name, part)
-        check_source(model, args)
-
         is_first = args.process_index == 0
         self._opened = repository_of(args).open() if args.push_to_hub and is_first else None
+        check_source(model, args)
 
         # 2. The rewards
         kwargs = args.reward_init_kwargs if isinstance(args.reward_init_kwargs, dict) else {}

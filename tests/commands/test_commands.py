@@ -54,3 +54,13 @@ def test_the_examples_are_the_commands(script):
     names = runpy.run_path(str(EXAMPLES / f"{script}.py"))
     command = importlib.import_module(f"diffusers_mixgrpo.commands.{SCRIPTS[script]}")
     assert names["main"] is command.main
+
+
+def test_the_report_of_a_folder(tmp_path, capsys):
+    (tmp_path / "history.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    commands.main(["report", str(tmp_path)])
+    assert str(tmp_path / "report.html") in capsys.readouterr().out
+    assert "<html" in (tmp_path / "report.html").read_text()
+    with pytest.raises(SystemExit):
+        commands.main(["report", str(tmp_path / "missing")])
+    assert "missing" in capsys.readouterr().err

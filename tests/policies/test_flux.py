@@ -154,7 +154,7 @@ def test_another_kind_of_pipeline():
 
 def test_the_policy_of_a_pipeline(shared_pipe):
     assert policy_class("FluxPipeline") is FluxPolicy
-    with pytest.raises(TypeError, match=r"`model` must be .*pipelines \(FluxPipeline\), got DiTPipeline"):
+    with pytest.raises(TypeError, match=r"`model` must be .*pipelines \(FluxPipeline, .*\), got DiTPipeline"):
         policy_class("DiTPipeline")
     policy = FluxPolicy(shared_pipe, max_sequence_length=12)
     assert (policy.height, policy.width) == (256, 256)  # the pipeline's default: 128 latents, 2x up

@@ -123,11 +123,17 @@ def no_weights(monkeypatch):
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", touched)
 
 
-def test_the_folder_of_another_family(tmp_path, sd3_folder, no_weights):
-    with pytest.raises(TypeError, match=r"`model` must be .*pipelines \(FluxPipeline\), got StableDiffusion3Pipeline"):
-        check_source(sd3_folder, small_config(tmp_path))
-    with pytest.raises(TypeError, match="got StableDiffusion3Pipeline"):
-        make_trainer(tmp_path, pipe=str(sd3_folder), rewards="no_such_module:reward")
+def test_the_folder_of_another_family(tmp_path, no_weights):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    with pytest.raises(TypeError, match=r"`model` must be .*pipelines \(FluxPipeline, .*\), got WanPipeline"):
+        check_source(tmp_path, small_config(tmp_path))
+    with pytest.raises(TypeError, match="got WanPipeline"):
+        make_trainer(tmp_path, pipe=str(tmp_path), rewards="no_such_module:reward")
+
+
+def test_a_folder_is_loaded_by_its_own_class(tmp_path, sd3_folder):
+    check_source(sd3_folder, small_config(tmp_path))
+    assert type(load_pipeline(sd3_folder, small_config(tmp_path), with_lora=True)) is StableDiffusion3Pipeline
 
 
 def test_another_family_loaded_by_the_wrong_class(tmp_path, sd3_folder):

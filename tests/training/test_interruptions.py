@@ -135,7 +135,7 @@ def test_a_signal_during_a_rollout(straight, tmp_path):
     reward.__name__ = "redness"
     with pytest.raises(SystemExit):
         make_trainer(tmp_path, rewards=reward, save_strategy="no", **INSIDE).train()
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-4"]
     resumed = make_trainer(tmp_path, **INSIDE)
     resumed.train(resume_from_checkpoint=True)
     assert_same(trained(resumed), trained(straight))

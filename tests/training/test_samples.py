@@ -113,9 +113,9 @@ def test_a_run_with_images_is_one_without_them(make):
 def test_as_many_images_at_once_as_in_a_rollout(make, monkeypatch):
     sizes = []
     trainer = make(logging_images_steps=4, max_steps=2, sample_batch_size=3, num_logged_prompts=5)
-    sample = trainer.evaluator.sample_images
+    sample = trainer.evaluator._sample
     monkeypatch.setattr(
-        trainer.evaluator, "sample_images", lambda prompts, *rest: sizes.append(len(prompts)) or sample(prompts, *rest)
+        trainer.evaluator, "_sample", lambda prompts, *rest: sizes.append(len(prompts)) or sample(prompts, *rest)
     )
     trainer.train()
     assert sizes == [3, 3, 3, 1, 3, 3, 3, 1]

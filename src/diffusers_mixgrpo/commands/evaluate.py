@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from .. import toy
 from ..hybrid_inference import hybrid_inference
 from ..mixgrpo_config import MixGRPOConfig
+from ..policies import PipelinePolicy, policy_class
 from ..reports.sample_grid import Block, Tile, draw_grid, number, readable
 from ..rewards import load_reward
 from ..rewards.runner import RewardRunner
@@ -35,6 +36,7 @@ from .command_line import TOY_CONFIGURATION, flag, parse, read_yaml
 
 
 SAMPLING_ARGUMENTS = ("height", "width", "num_inference_steps", "guidance_scale", "max_sequence_length")
+SAMPLING_ARGUMENTS += ("negative_prompt",)
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 DATASET_READERS = {".json": Dataset.from_json, ".jsonl": Dataset.from_json, ".csv": Dataset.from_csv}
 NUM_GRID_PROMPTS = 16
@@ -58,8 +60,9 @@ class EvaluationArguments:
     height: int | None = flag("In pixels. 720 if unset; the toy has its own sampling defaults.")
     width: int | None = flag("In pixels. 720 if unset.")
     num_inference_steps: int | None = flag("25 if unset.")
-    guidance_scale: float | None = flag("3.5 if unset.")
-    max_sequence_length: int | None = flag("Text tokens per prompt. 512 if unset.")
+    guidance_scale: float | None = flag("The pipeline's own default if unset.")
+    max_sequence_length: int | None = flag("Text tokens per prompt. The pipeline's own default if unset.")
+    negative_prompt: str | None = flag("For classifier-free guidance. That of the pipeline's family if unset.")
     shift: float | None = flag("Static timestep shift. The pipeline's own schedule if unset.")
     batch_size: int = flag("Number of images generated at once.", 4)
     seed: int = flag("Seed of the first prompt.", 0)
@@ -142,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [row["prompt"] for row in rows]
     folder = Path(args.output_dir)
     save_grid(folder / "grid.png", prompts, images, scores, runner.names[0])
-    record = {"settings": vars(args), "results": results, "prompts": prompts}
+    settings = vars(args) | sampling_policy(pipe, args).call_arguments
+    record = {"settings": settings, "results": results, "prompts": prompts}
     (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     table = in_markdown(args, runner, results)
     (folder / "evaluation.md").write_text(table, encoding="utf-8")
@@ -233,6 +237,12 @@ def inference_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
+def sampling_policy(pipe: DiffusionPipeline, args: EvaluationArguments) -> PipelinePolicy:
+    """The pipeline at the size and with the guidance of the arguments, or of its own family."""
+    sampling = {name: getattr(args, name) for name in SAMPLING_ARGUMENTS}
+    return policy_class(type(pipe).__name__)(pipe, **sampling)
+
+
 def generate_and_score(
     pipe: DiffusionPipeline,
     rows: list[dict[str, Any]],
@@ -244,14 +254,13 @@ def generate_and_score(
     scores = []
     first_images: list[Image.Image] = []
     num_pending = 0
-    sampling = {name: getattr(args, name) for name in SAMPLING_ARGUMENTS}
+    policy = sampling_policy(pipe, args)
     for start in range(0, len(rows), args.batch_size):
         batch = rows[start : start + args.batch_size]
         end = start + len(batch)
         images = pipe(
-            [row["prompt"] for row in batch],
             generator=[torch.Generator().manual_seed(args.seed + i) for i in range(start, end)],
-            **sampling,
+            **policy.arguments_of([row["prompt"] for row in batch]),
         ).images
         runner.start(batch, images)
         num_pending += len(batch)

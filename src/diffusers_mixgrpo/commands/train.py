@@ -5,7 +5,6 @@ On the bundled tiny FLUX, in minutes on a laptop:
     diffusers-mixgrpo train
 
 On FLUX.1-dev, with your own reward and prompts (one per line, or a dataset with a column "prompt"):
-
     accelerate launch -m diffusers_mixgrpo train --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \
         --reward_funcs my_module:my_reward --dataset_name prompts.txt --output_dir flux-mixgrpo --push_to_hub
 

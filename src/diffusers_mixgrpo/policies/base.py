@@ -197,6 +197,13 @@ class PipelinePolicy(abc.ABC):
             arguments["negative_prompt"] = self.negative_prompt
         return arguments
 
+    def arguments_of(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """The arguments with which the pipeline's `__call__` makes the policy's images of several prompts."""
+        arguments = self.call_arguments | {"prompt": list(prompts)}
+        if "negative_prompt" in arguments:
+            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
+        return arguments
+
     def with_sampling(
         self, num_inference_steps: int | None = None, height: int | None = None, width: int | None = None
     ) -> "PipelinePolicy":

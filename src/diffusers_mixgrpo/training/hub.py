@@ -170,7 +170,7 @@ class HubTrainer(SavingTrainer):
             token (`str`, *optional*): Defaults to `hub_token`, and then to the login.
             revision (`str`, *optional*): The branch. Defaults to `hub_revision`, and then to the main one.
             private (`bool`, *optional*): Whether a new repository is private. Defaults to `hub_private_repo`.
-            kwargs: Arguments of [`create_model_card`].
+            kwargs: Arguments of `create_model_card`.
 
         Returns:
             `huggingface_hub.CommitInfo`, with `blocking=False` a future of it, and `None` on all ranks but the first.
