@@ -151,6 +151,8 @@ def test_an_untouched_configuration_differs_from_no_default(tmp_path):
     from diffusers_mixgrpo.reports.settings_table import setting_groups
 
     groups = setting_groups([MixGRPOConfig(output_dir=str(tmp_path)).to_dict()])
+    different = [setting for group in groups if group.title.startswith("Different") for setting in group.settings]
+    assert different == []
     assert [group.title for group in groups] == ["At their defaults, or following from other settings"]
 
 

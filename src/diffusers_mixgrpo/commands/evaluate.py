@@ -35,8 +35,10 @@ from ..rewards.runner import RewardRunner
 from .command_line import TOY_CONFIGURATION, flag, parse, read_yaml
 
 
-SAMPLING_ARGUMENTS = ("height", "width", "num_inference_steps", "guidance_scale", "max_sequence_length")
-SAMPLING_ARGUMENTS += ("negative_prompt",)
+SAMPLING_ARGUMENTS = (
+    *("height", "width", "num_inference_steps"),
+    *("guidance_scale", "max_sequence_length", "negative_prompt"),
+)
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 DATASET_READERS = {".json": Dataset.from_json, ".jsonl": Dataset.from_json, ".csv": Dataset.from_csv}
 NUM_GRID_PROMPTS = 16
