@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +26,7 @@ from .policies.base import require_multiple
 from .policies.loading import check_source, load_pipeline
 from .policies.preparation import check_prepared, place_components, prepare_pipeline, rename_gradient_checkpointing
 from .policies.prompt_embeds import cache_prompts
+from .reports.logged_run import HISTORY_NAME, LoggedRun, read_run
 from .reports.model_card import mixgrpo_model_card
 from .reports.run_folder import RunFolder, run_facts, save_samples
 from .reports.sample_grid import draw_samples
@@ -609,14 +611,25 @@ class MixGRPOTrainer(HubTrainer):
             self.args,
             repo_id=self.hub_model_id or self.args.hub_model_id or name,
             base_model=finetuned_from or self.pipe.config.get("_name_or_path"),
-            reward_names=self.reward_names,
+            reward_weights=dict(zip(self.reward_names, self.engine.reward_weights.tolist(), strict=True)),
             is_lora=self.weights.is_lora,
             optimizer_steps=self.state.global_step,
             num_processes=self.accelerator.num_processes,
             prompt=self.train_dataset[0]["prompt"] if self.train_dataset is not None else "a photo",
             metadata={key: value for key, value in (entries | metadata).items() if value},
+            eval_reward_names=[] if self.evaluator.rewards is None else self.evaluator.rewards.names,
+            run=self._logged_run(),
+            num_eval_prompts=None if isinstance(self.eval_dataset, (dict, type(None))) else len(self.eval_dataset),
         )
         card.save(os.path.join(self.args.output_dir, "README.md"))
+
+    def _logged_run(self) -> LoggedRun | None:
+        """What is logged in `output_dir`, if it is of this run."""
+        folder = Path(self.args.output_dir)
+        if not (folder / HISTORY_NAME).is_file():
+            return None
+        run = read_run(folder)
+        return run if run.last_step == self.state.global_step > 0 else None
 
 
 _MERGE_NEEDS_LORA = "`merge_lora` must be False without a LoRA, got True. Pass a `peft_config`, or leave it False."

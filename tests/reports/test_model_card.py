@@ -6,15 +6,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPTS, build_pipeline, make_trainer, small_config
+from helpers import PROMPTS, build_pipeline, make_trainer, redness, small_config
 from huggingface_hub import ModelCard
 from peft import LoraConfig
+from PIL import Image
 
 from diffusers_mixgrpo import policy_class
 from diffusers_mixgrpo.reports.model_card import mixgrpo_model_card
 
 
 HUB_MODEL = "black-forest-labs/FLUX.1-dev"
+TAGS = ["text-to-image", "diffusers", "flux", "mixgrpo", "grpo", "lora", "template:sd-lora"]
 
 
 def card(tmp_path, prompt="a cat", base_model=HUB_MODEL, is_lora=True, num_processes=1, metadata=None, **changes):
@@ -25,7 +27,7 @@ def card(tmp_path, prompt="a cat", base_model=HUB_MODEL, is_lora=True, num_proce
         settings,
         repo_id="someone/red",
         base_model=base_model,
-        reward_names=["redness", "clipscore"],
+        reward_weights={"redness": 0.5, "clipscore": 0.5},
         is_lora=is_lora,
         optimizer_steps=6,
         num_processes=num_processes,
@@ -73,9 +75,9 @@ def test_the_code_makes_the_images_of_the_trained_policy(tmp_path, pipeline_fold
 def test_what_a_card_says(tmp_path):
     made = card(tmp_path, num_processes=2, metadata={"tags": ["toy"], "license": "mit"}, epsilon=0.0125)
     assert made.data.library_name == "diffusers" and made.data.pipeline_tag == "text-to-image"
-    assert made.data.tags == ["toy"] and made.data.license == "mit"
-    assert card(tmp_path).data.tags == ["text-to-image", "flux", "mixgrpo", "grpo", "lora"]
-    assert "lora" not in card(tmp_path, is_lora=False).data.tags
+    assert made.data.tags == [*TAGS, "toy"] and made.data.license == "mit"
+    assert card(tmp_path).data.tags == TAGS
+    assert not {"lora", "template:sd-lora"} & set(card(tmp_path, is_lora=False).data.tags)
     assert made.text.startswith("# red\n") or "\n# red\n" in made.text
     assert "A LoRA of [black-forest-labs/FLUX.1-dev](https://huggingface.co/black-forest-labs/FLUX.1-dev)" in made.text
     assert "`redness` and `clipscore`" in made.text
@@ -133,9 +135,10 @@ def test_any_prompt_is_a_string_of_the_code(tmp_path):
 def test_no_prompt_breaks_a_card(tmp_path, prompt):
     card(tmp_path, prompt=prompt, metadata={"license": "mit"}).save(tmp_path / "README.md")
     loaded = ModelCard.load(tmp_path / "README.md")
-    assert loaded.data.license == "mit" and loaded.data.tags == ["text-to-image", "flux", "mixgrpo", "grpo", "lora"]
+    assert loaded.data.license == "mit" and loaded.data.tags == TAGS
     lines = (tmp_path / "README.md").read_bytes().decode().splitlines()
-    assert lines.count("---") == 2 and lines.count("```") == lines.count("```python") == 1
+    assert lines.count("---") == 2 and lines.count("```") == 2  # of the code and the citation
+    assert lines.count("```python") == lines.count("```bibtex") == 1
     (code,) = code_of(loaded.text)
     constants = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
     assert prompt in constants
@@ -154,3 +157,66 @@ def test_a_trainer_knows_the_folder_that_it_was_given(tmp_path, pipeline_folder)
     text = (tmp_path / "output" / "README.md").read_text()
     assert pipeline_folder not in text and "path/to/the/base/pipeline" in text
     assert 'pipe.load_lora_weights("output"' in text
+
+
+def test_the_license_of_the_base(tmp_path):
+    data = card(tmp_path).data
+    assert (data.license, data.license_name) == ("other", "flux-1-dev-non-commercial-license")
+    assert data.license_link == f"https://huggingface.co/{HUB_MODEL}/blob/main/LICENSE.md"
+    assert card(tmp_path, base_model="black-forest-labs/FLUX.1-schnell").data.license == "apache-2.0"
+    assert card(tmp_path, base_model="someone/flux").data.license is None
+
+
+@pytest.mark.parametrize("prompt", ["a cat", "a: '\"---\n```\n<b> #x"])
+def test_a_card_of_a_run_has_its_results(tmp_path, prompt):
+    """What is read back from the file is what was measured and drawn."""
+
+    def greenness(prompts, images, **columns):
+        return [-value for value in redness(prompts, images)]
+
+    def blueness(prompts, images, **columns):
+        return [float(np.asarray(image)[..., 2].mean()) for image in images]
+
+    rows = [{"prompt": prompt, "tag": -1}, *PROMPTS]
+    trainer = make_trainer(
+        tmp_path / "output",
+        rewards=[redness, greenness],
+        eval_reward_funcs=blueness,
+        reward_weights=[1.0, 0.0],
+        train_dataset=rows,
+        eval_dataset=rows,
+        logging_images_steps=2,
+        num_logged_prompts=2,
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    (tmp_path / "output" / "before_after.png").write_bytes(b"")
+    trainer.create_model_card(finetuned_from=HUB_MODEL, tags=["toy", "lora"])
+
+    loaded = ModelCard.load(tmp_path / "output" / "README.md")
+    assert loaded.data.tags == [*TAGS, "toy"]
+    results = {(result.metric_name, result.dataset_name): result.metric_value for result in loaded.data.eval_results}
+    for name in ("redness", "greenness", "blueness"):
+        for when, metrics in (("before", before), ("after", after)):
+            measured = results[f"{name} {when} training", "6 held-out prompts"]
+            assert measured == pytest.approx(metrics[f"eval_rewards/{name}/mean"], abs=1e-6)
+    assert len(results) == 6
+    assert [entry["text"] for entry in loaded.data.widget] == [row["prompt"] for row in rows[:2]]
+    for entry in loaded.data.widget:
+        assert Image.open(tmp_path / "output" / entry["output"]["url"]).size == (32, 32)
+
+    error = before["eval_rewards/redness/std"] / 6**0.5
+    assert f"| `redness` | {before['eval_reward']:.3f} \u00b1 {error:.3f} |" in loaded.text
+    assert re.search(r"`greenness` \|.*\| only logged \|", loaded.text)
+    assert re.search(r"`blueness` \|.*\| never trained on \|", loaded.text)
+    assert "to raise `redness`. `greenness` and `blueness` were only watched." in loaded.text
+    assert "](before_after.png)" in loaded.text and "arXiv:2507.21802" in loaded.text
+    assert f"torch {torch.__version__}" in loaded.text and "| `eval_seed` |" in loaded.text
+
+
+def test_results_of_another_run_are_not_those_of_this_one(tmp_path):
+    make_trainer(tmp_path / "output", eval_dataset=PROMPTS, max_steps=4, eval_strategy="steps", eval_steps=2).train()
+    make_trainer(tmp_path / "output").create_model_card()
+    card = ModelCard.load(tmp_path / "output" / "README.md")
+    assert card.data.eval_results is None and "Results" not in card.text

@@ -47,6 +47,8 @@ class PipelinePolicy(abc.ABC):
     """The diffusers pipeline that this family is made of."""
     lora_target_modules: ClassVar[Sequence[str]]
     """The transformer's layers that a LoRA adapts unless it says otherwise."""
+    licenses: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """Hub repositories of base models -> the entries of their cards that say which license they have."""
     longest_sequence: ClassVar[int]
     """The largest `max_sequence_length`."""
     default_sequence_length: ClassVar[int]

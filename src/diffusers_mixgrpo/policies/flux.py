@@ -15,6 +15,12 @@ from ..core.policy import Conditioning
 from .base import PipelinePolicy
 
 
+def non_commercial(repository: str) -> dict[str, str]:
+    """The license of the models for research, as their cards name it."""
+    link = f"https://huggingface.co/{repository}/blob/main/LICENSE.md"
+    return {"license": "other", "license_name": "flux-1-dev-non-commercial-license", "license_link": link}
+
+
 class FluxPolicy(PipelinePolicy):
     """
     A [`~diffusers.FluxPipeline`] as a policy, with the arguments of [`PipelinePolicy`].
@@ -25,6 +31,11 @@ class FluxPolicy(PipelinePolicy):
 
     family = "flux"
     pipeline_class = FluxPipeline
+    licenses = {
+        "black-forest-labs/FLUX.1-dev": non_commercial("black-forest-labs/FLUX.1-dev"),
+        "black-forest-labs/FLUX.1-Krea-dev": non_commercial("black-forest-labs/FLUX.1-Krea-dev"),
+        "black-forest-labs/FLUX.1-schnell": {"license": "apache-2.0"},
+    }
     longest_sequence = 512
     default_sequence_length = 512
     default_guidance_scale = 3.5

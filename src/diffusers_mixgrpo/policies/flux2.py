@@ -25,6 +25,15 @@ class Flux2Policy(PipelinePolicy):
 
     family = "flux2"
     pipeline_class = Flux2Pipeline
+    licenses = {
+        "black-forest-labs/FLUX.2-dev": {
+            "license": "other",
+            "license_name": "flux-dev-non-commercial-license",
+            "license_link": "https://huggingface.co/black-forest-labs/FLUX.2-dev/blob/main/LICENSE.txt",
+        },
+        "black-forest-labs/FLUX.2-klein-4B": {"license": "apache-2.0"},
+        "black-forest-labs/FLUX.2-klein-base-4B": {"license": "apache-2.0"},
+    }
     longest_sequence = 512
     default_sequence_length = 512
     default_guidance_scale = 4.0

@@ -27,6 +27,7 @@ class QwenImagePolicy(PipelinePolicy):
 
     family = "qwen-image"
     pipeline_class = QwenImagePipeline
+    licenses = {"Qwen/Qwen-Image": {"license": "apache-2.0"}, "Qwen/Qwen-Image-2512": {"license": "apache-2.0"}}
     longest_sequence = 1024
     default_sequence_length = 512
     default_guidance_scale = 4.0

@@ -25,6 +25,14 @@ class StableDiffusion3Policy(PipelinePolicy):
 
     family = "stable-diffusion-3"
     pipeline_class = StableDiffusion3Pipeline
+    licenses = {
+        f"stabilityai/stable-diffusion-3.5-{size}": {
+            "license": "other",
+            "license_name": "stabilityai-ai-community",
+            "license_link": f"https://huggingface.co/stabilityai/stable-diffusion-3.5-{size}/blob/main/LICENSE.md",
+        }
+        for size in ("medium", "large", "large-turbo")
+    }
     longest_sequence = 512
     default_sequence_length = 256
     default_guidance_scale = 7.0

@@ -27,6 +27,10 @@ class ZImagePolicy(PipelinePolicy):
 
     family = "z-image"
     pipeline_class = ZImagePipeline
+    licenses = {
+        "Tongyi-MAI/Z-Image": {"license": "apache-2.0"},
+        "Tongyi-MAI/Z-Image-Turbo": {"license": "apache-2.0"},
+    }
     longest_sequence = 1024
     default_sequence_length = 512
     default_guidance_scale = 5.0

@@ -1,7 +1,7 @@
-"""The model card of a trained policy: how it was trained and how to load it."""
+"""The model card of a trained policy: how it was trained, what changed, and how to load it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -9,6 +9,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..mixgrpo_config import MixGRPOConfig
 from ..policies import PipelinePolicy
 from ..policies.trained_weights import EMA_FOLDER, LORA_WEIGHTS_NAME, TRANSFORMER_FOLDER
+from .card_results import BEFORE_AFTER, as_eval_results, as_table, reward_changes, widget_of
+from .logged_run import LoggedRun, as_object
 
 
 LOAD_LORA = """pipe = {pipeline}.from_pretrained({base_model}, dtype=torch.bfloat16)
@@ -22,8 +24,8 @@ pipe = {pipeline}.from_pretrained({base_model}, transformer=transformer, dtype=t
 TEMPLATE = """# {name}
 
 {kind} of {base_link}, trained online with
-[MixGRPO](https://arxiv.org/abs/2507.21802) to raise {rewards}.
-
+[MixGRPO](https://arxiv.org/abs/2507.21802) to raise {rewards}.{watched}
+{results}
 ## Use
 
 ```python
@@ -49,7 +51,32 @@ image = pipe(
 |---|---|
 {rows}
 
-Trained with diffusers-mixgrpo.
+Trained with diffusers-mixgrpo{versions}.
+
+## Citation
+
+```bibtex
+@article{{li2025mixgrpo,
+  title   = {{MixGRPO: Unlocking Flow-based GRPO Efficiency with Mixed ODE-SDE}},
+  author  = {{Li, Junzhe and Cui, Yutao and Huang, Tao and Ma, Yinping and Fan, Chun and Yang, Miles and Zhong, Zhao}},
+  journal = {{arXiv preprint arXiv:2507.21802}},
+  year    = {{2025}}
+}}
+```
+"""
+
+RESULTS = """
+## Results
+
+Means over {prompts}, which were not trained on, before and after training, with standard errors over the prompts:
+
+{table}
+
+A higher reward is what the training aimed at; whether the images are better is for eyes to judge.
+"""
+
+PICTURE = """
+![The same prompts and seeds before and after training]({file})
 """
 
 SHIFT_NOTE = """
@@ -79,6 +106,8 @@ SETTINGS = (
     "epsilon",
     "beta",
     "reward_weights",
+    "seed",
+    "eval_seed",
 )
 
 
@@ -87,12 +116,15 @@ def mixgrpo_model_card(
     settings: MixGRPOConfig,
     repo_id: str,
     base_model: str | None,
-    reward_names: Sequence[str],
+    reward_weights: Mapping[str, float],
     is_lora: bool,
     optimizer_steps: int,
     num_processes: int,
     prompt: str,
     metadata: dict[str, Any],
+    eval_reward_names: Sequence[str] = (),
+    run: LoggedRun | None = None,
+    num_eval_prompts: int | None = None,
 ) -> ModelCard:
     """
     Write the card of a trained LoRA or transformer.
@@ -102,12 +134,15 @@ def mixgrpo_model_card(
         settings ([`MixGRPOConfig`]): The configuration of the training run.
         repo_id (`str`): The repository, for the loading code.
         base_model (`str`, *optional*): The base pipeline; the card names it if it is on the Hub.
-        reward_names (`Sequence[str]`): Names of the rewards.
+        reward_weights (`Mapping[str, float]`): The weight of each reward. Those with 0 were only logged.
         is_lora (`bool`): Whether a LoRA was trained, or the whole transformer.
         optimizer_steps (`int`): Optimizer steps taken.
         num_processes (`int`): Devices of the training run.
         prompt (`str`): A prompt for the example.
-        metadata (`dict`): More entries of the card's metadata.
+        metadata (`dict`): More entries of the card's metadata. Its `"tags"` are added to the card's own.
+        eval_reward_names (`Sequence[str]`): Rewards that were never trained on.
+        run ([`LoggedRun`], *optional*): What the run has logged. Without it the card shows no results.
+        num_eval_prompts (`int`, *optional*): The number of held-out prompts.
 
     Returns:
         `huggingface_hub.ModelCard`.
@@ -120,12 +155,22 @@ def mixgrpo_model_card(
         imports.append(transformer)
     if settings.shift is not None:
         imports.append("FlowMatchEulerDiscreteScheduler")
-    tags = ["text-to-image", policy.family, "mixgrpo", "grpo"] + (["lora"] if is_lora else [])
+    tags = ["text-to-image", "diffusers", policy.family, "mixgrpo", "grpo"]
+    tags += ["lora", "template:sd-lora"] if is_lora else []
+    changes = [] if run is None else reward_changes(run, [*reward_weights, *eval_reward_names], num_eval_prompts)
+    entries: dict[str, Any] = dict(policy.licenses.get(base_model or "", {}))
+    if run is not None and (widget := widget_of(run)):
+        entries["widget"] = widget
+    if changes:
+        entries["model_name"] = repo_id.split("/")[-1]
+        entries["eval_results"] = as_eval_results(changes, num_eval_prompts)
+    entries |= metadata
+    entries["tags"] = list(dict.fromkeys([*tags, *metadata.get("tags", [])]))
     data = ModelCardData(
         base_model=base_model if is_on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        **{"tags": tags, **metadata},
+        **entries,
     )
     load = (LOAD_LORA if is_lora else LOAD_FULL).format(
         pipeline=pipeline,
@@ -145,7 +190,10 @@ def mixgrpo_model_card(
         name=repo_id.split("/")[-1],
         kind="A LoRA" if is_lora else "A full fine-tuning",
         base_link=f"[{base_model}](https://huggingface.co/{base_model})" if is_on_hub else f"a local {pipeline}",
-        rewards=" and ".join(f"`{name}`" for name in reward_names),
+        rewards=" and ".join(f"`{name}`" for name, weight in reward_weights.items() if weight),
+        watched=_watched([name for name, weight in reward_weights.items() if not weight], eval_reward_names),
+        results=_results(run, as_table(changes, dict(reward_weights)) if changes else "", num_eval_prompts),
+        versions=_versions(run),
         imports=", ".join(sorted(imports)),
         load=load,
         prompt=_literal(prompt),
@@ -160,6 +208,29 @@ def mixgrpo_model_card(
         rows="\n".join(f"| `{name}` | {getattr(settings, name)} |" for name in SETTINGS),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _watched(logged: Sequence[str], untrained: Sequence[str]) -> str:
+    """A sentence on the rewards that were not trained on."""
+    names = [f"`{name}`" for name in [*logged, *untrained]]
+    verb = "was" if len(names) == 1 else "were"
+    return f" {' and '.join(names)} {verb} only watched." if names else ""
+
+
+def _results(run: LoggedRun | None, table: str, num_prompts: int | None) -> str:
+    text = ""
+    if table:
+        prompts = "held-out prompts" if num_prompts is None else f"{num_prompts} held-out prompts"
+        text = RESULTS.format(prompts=prompts, table=table)
+    if run is not None and (run.path / BEFORE_AFTER).is_file():
+        text += PICTURE.format(file=BEFORE_AFTER)
+    return text
+
+
+def _versions(run: LoggedRun | None) -> str:
+    versions = as_object(run.info.get("versions")) if run is not None else {}
+    known = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return f" ({known})" if known else ""
 
 
 def _literal(text: str) -> str:
