@@ -167,7 +167,7 @@ def test_the_license_of_the_base(tmp_path):
     assert card(tmp_path, base_model="someone/flux").data.license is None
 
 
-@pytest.mark.parametrize("prompt", ["a cat", "a: '\"---\n```\n<b> #x"])
+@pytest.mark.parametrize("prompt", ["a red cat", "a: '\"---\n```\n<b> #x"])
 def test_a_card_of_a_run_has_its_results(tmp_path, prompt):
     """What is read back from the file is what was measured and drawn."""
 
