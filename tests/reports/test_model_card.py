@@ -215,6 +215,15 @@ def test_a_card_of_a_run_has_its_results(tmp_path, prompt):
     assert f"torch {torch.__version__}" in loaded.text and "| `eval_seed` |" in loaded.text
 
 
+def test_an_evaluation_in_the_middle_is_not_one_before_training(tmp_path):
+    trainer = make_trainer(tmp_path / "output", eval_dataset=PROMPTS, max_steps=4, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    assert len(trainer.state.log_history) > 4
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "output" / "README.md")
+    assert card.data.eval_results is None and "Results" not in card.text
+
+
 def test_results_of_another_run_are_not_those_of_this_one(tmp_path):
     make_trainer(tmp_path / "output", eval_dataset=PROMPTS, max_steps=4, eval_strategy="steps", eval_steps=2).train()
     make_trainer(tmp_path / "output").create_model_card()

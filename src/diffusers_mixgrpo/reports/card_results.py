@@ -31,7 +31,7 @@ class RewardChange:
 
 def reward_changes(run: LoggedRun, names: Sequence[str], num_prompts: int | None) -> list[RewardChange]:
     """
-    The change of each reward, of those that were evaluated at least twice.
+    The change of each reward that was evaluated before the first optimizer step and after the last one.
 
     Args:
         run ([`LoggedRun`]): The run.
@@ -41,7 +41,7 @@ def reward_changes(run: LoggedRun, names: Sequence[str], num_prompts: int | None
     changes = []
     for name in names:
         means = run.series(f"eval_rewards/{name}/mean")
-        if len(means) < 2:
+        if len(means) < 2 or means[0][0] != 0 or not means[-1][0] == run.last_step > 0:
             continue
         stds = run.series(f"eval_rewards/{name}/std")
         errors: list[float | None] = [None, None]

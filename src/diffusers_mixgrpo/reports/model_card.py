@@ -68,7 +68,7 @@ Trained with diffusers-mixgrpo{versions}.
 RESULTS = """
 ## Results
 
-Means over {prompts}, which were not trained on, before and after training, with standard errors over the prompts:
+Means over {prompts} before and after training, with standard errors over the prompts:
 
 {table}
 

@@ -16,7 +16,7 @@ MAX_LENGTH = 300
 # Where a run is written differs from run to run and says nothing about it.
 PLACES = ("output_dir", "logging_dir", "run_name")
 # Values that the configuration resolves from the machine or from other settings if they are not given
-RESOLVED = ("bf16", "dataloader_pin_memory", "do_eval", "greater_is_better", "metric_for_best_model")
+RESOLVED = ("bf16", "dataloader_pin_memory", "disable_tqdm", "do_eval", "greater_is_better", "metric_for_best_model")
 SECRETS = ("hub_token", "push_to_hub_token")
 
 

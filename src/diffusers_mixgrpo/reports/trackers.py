@@ -119,7 +119,7 @@ def _to_trackio(callback: Any, samples: Samples, grid: Image.Image) -> None:
 
 def _to_mlflow(callback: Any, samples: Samples, grid: Image.Image) -> None:
     mlflow = callback._ml_flow
-    mlflow.log_image(grid, key="samples", step=samples.step)
+    mlflow.log_image(grid, key="samples", step=samples.step, synchronous=True)  # not after the run has ended
     mlflow.log_text(_table(samples.fixed), f"samples/step_{samples.step:06d}.md")
 
 
