@@ -267,6 +267,23 @@ class PipelinePolicy(abc.ABC):
         return images
 
 
+class PackedPolicy(PipelinePolicy):
+    """A pipeline whose latents are packed: a token of `C` channels for each 2x2 latent patch, of shape `(B, L, C)`."""
+
+    @property
+    def size_multiple(self) -> int:
+        return 2 * self.pipe.vae_scale_factor
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        rows, columns = self._patches
+        return rows * columns, self.pipe.transformer.config.in_channels
+
+    @property
+    def _patches(self) -> tuple[int, int]:
+        return self.height // self.size_multiple, self.width // self.size_multiple
+
+
 def require_all_parts(
     pipeline_class: type[DiffusionPipeline], parts: Mapping[str, Any], optional_parts: Sequence[str] = ()
 ) -> None:

@@ -12,7 +12,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from ..core.policy import Conditioning
-from .base import PipelinePolicy
+from .base import PackedPolicy
 
 
 def non_commercial(repository: str) -> dict[str, str]:
@@ -21,7 +21,7 @@ def non_commercial(repository: str) -> dict[str, str]:
     return {"license": "other", "license_name": "flux-1-dev-non-commercial-license", "license_link": link}
 
 
-class FluxPolicy(PipelinePolicy):
+class FluxPolicy(PackedPolicy):
     """
     A [`~diffusers.FluxPipeline`] as a policy, with the arguments of [`PipelinePolicy`].
 
@@ -58,19 +58,6 @@ class FluxPolicy(PipelinePolicy):
     )
 
     _kept_image_ids: Tensor | None = None
-
-    @property
-    def size_multiple(self) -> int:
-        return 2 * self.pipe.vae_scale_factor
-
-    @property
-    def latent_shape(self) -> tuple[int, int]:
-        rows, columns = self._patches
-        return rows * columns, self.pipe.transformer.config.in_channels
-
-    @property
-    def _patches(self) -> tuple[int, int]:
-        return self.height // self.size_multiple, self.width // self.size_multiple
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> Conditioning:

@@ -12,10 +12,10 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
 from ..core.policy import Conditioning
-from .base import PipelinePolicy
+from .base import PackedPolicy
 
 
-class Flux2Policy(PipelinePolicy):
+class Flux2Policy(PackedPolicy):
     """
     A [`~diffusers.Flux2Pipeline`], FLUX.2-dev, as a policy, with the arguments of [`PipelinePolicy`].
 
@@ -51,18 +51,7 @@ class Flux2Policy(PipelinePolicy):
         "attn.to_qkv_mlp_proj",
     )
 
-    @property
-    def size_multiple(self) -> int:
-        return 2 * self.pipe.vae_scale_factor
-
-    @property
-    def latent_shape(self) -> tuple[int, int]:
-        rows, columns = self._patches
-        return rows * columns, self.pipe.transformer.config.in_channels
-
-    @property
-    def _patches(self) -> tuple[int, int]:
-        return self.height // self.size_multiple, self.width // self.size_multiple
+    _kept_latent_ids: Tensor | None = None
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> Conditioning:
@@ -124,7 +113,11 @@ class Flux2Policy(PipelinePolicy):
 
     def _latent_ids(self, device: torch.device) -> Tensor:
         """The positions of the image tokens, of shape `(1, L, 4)`."""
-        return self.pipe._prepare_latent_ids(torch.empty(1, 1, *self._patches, device="meta")).to(device)
+        # Kept on the device, since copying them there in each pass would make the host wait.
+        if self._kept_latent_ids is None:
+            self._kept_latent_ids = self.pipe._prepare_latent_ids(torch.empty(1, 1, *self._patches, device="meta"))
+        self._kept_latent_ids = self._kept_latent_ids.to(device)
+        return self._kept_latent_ids
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae

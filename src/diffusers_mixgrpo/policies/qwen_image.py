@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..core.policy import Conditioning
-from .base import PipelinePolicy
+from .base import PackedPolicy
 
 
-class QwenImagePolicy(PipelinePolicy):
+class QwenImagePolicy(PackedPolicy):
     """
     A [`~diffusers.QwenImagePipeline`] as a policy, with the arguments of [`PipelinePolicy`].
 
@@ -48,19 +48,6 @@ class QwenImagePolicy(PipelinePolicy):
         "txt_mlp.net.0.proj",
         "txt_mlp.net.2",
     )
-
-    @property
-    def size_multiple(self) -> int:
-        return 2 * self.pipe.vae_scale_factor
-
-    @property
-    def latent_shape(self) -> tuple[int, int]:
-        rows, columns = self._patches
-        return rows * columns, self.pipe.transformer.config.in_channels
-
-    @property
-    def _patches(self) -> tuple[int, int]:
-        return self.height // self.size_multiple, self.width // self.size_multiple
 
     @property
     def is_guided(self) -> bool:
