@@ -619,9 +619,16 @@ class MixGRPOTrainer(HubTrainer):
             metadata={key: value for key, value in (entries | metadata).items() if value},
             eval_reward_names=[] if self.evaluator.rewards is None else self.evaluator.rewards.names,
             run=self._logged_run(),
-            num_eval_prompts=None if isinstance(self.eval_dataset, (dict, type(None))) else len(self.eval_dataset),
+            num_eval_prompts=self._num_eval_prompts(),
         )
         card.save(os.path.join(self.args.output_dir, "README.md"))
+
+    def _num_eval_prompts(self) -> int | dict[str, int] | None:
+        """The number of held-out prompts, or that of each dataset."""
+        datasets = self.eval_dataset
+        if isinstance(datasets, dict):
+            return {name: len(dataset) for name, dataset in datasets.items()}
+        return None if datasets is None else len(datasets)
 
     def _logged_run(self) -> LoggedRun | None:
         """What is logged in `output_dir`, if it is of this run."""

@@ -1,5 +1,6 @@
-"""The training command as users run it, by its flags, and its"""
+"""The training command as users run it, by its flags, and what it leaves and pushes."""
 
+import io
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from helpers import PROMPTS, make_trainer, redness
+from hub_server import hub  # noqa: F401  # a fixture
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, RewardError, commands, toy
@@ -117,6 +120,19 @@ def test_a_lora_of_another_pipeline(main, workplace, pipeline_folder, capsys):
     pipe.load_lora_weights(str(workplace / "out"))
     assert pipe.get_active_adapters()
     assert "load_lora_weights" in (workplace / "out" / "README.md").read_text()
+
+
+def test_all_results_are_pushed_in_one_commit(main, workplace, pipeline_folder, hub):  # noqa: F811
+    flags = f"--pretrained_model_name_or_path {pipeline_folder} --reward_funcs my_rewards:redness --push_to_hub"
+    main(workplace, f"{flags} --dataset_name prompts.txt --num_eval_prompts 1 --output_dir out {SMALL}")
+    assert [message for message, _ in hub.commits] == ["End of training"]
+    files = hub.files["someone/out"]
+    names = ["README.md", "pytorch_lora_weights.safetensors", "run.json", "history.jsonl", "summary.json"]
+    names += ["report.html", "reward_curve.png", "before_after.png"]
+    for name in names:
+        assert files[name] == (workplace / "out" / name).read_bytes(), name
+    widget = ModelCard(files["README.md"].decode()).data.widget
+    assert widget and all(Image.open(io.BytesIO(files[entry["output"]["url"]])).size == (32, 32) for entry in widget)
 
 
 def test_rewards_for_evaluations_reach_the_trainer(main, workplace, pipeline_folder):

@@ -215,6 +215,29 @@ def test_a_card_of_a_run_has_its_results(tmp_path, prompt):
     assert f"torch {torch.__version__}" in loaded.text and "| `eval_seed` |" in loaded.text
 
 
+def test_results_of_several_datasets_with_images_that_no_reward_could_score(tmp_path):
+    def picky(prompts, images, **columns):
+        scores = redness(prompts, images)
+        return [None if "dog" in prompt else score for prompt, score in zip(prompts, scores, strict=True)]
+
+    picky.__name__ = "pi`cky"
+    datasets = {"easy": PROMPTS[:4], "a|b": PROMPTS[:3]}
+    trainer = make_trainer(tmp_path / "output", rewards=picky, eval_dataset=datasets)
+    before = trainer.evaluate()
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card()
+    loaded = ModelCard.load(tmp_path / "output" / "README.md")
+    failed = before["eval_easy_rewards/pi`cky/failed"]
+    assert 0 < failed < 3
+    error = before["eval_easy_rewards/pi`cky/std"] / (4 - failed) ** 0.5
+    mean = before["eval_easy_rewards/pi`cky/mean"]
+    assert f"| `` pi`cky `` | 4 held-out prompts of easy | {mean:.3f} \u00b1 {error:.3f} |" in loaded.text
+    assert "| 3 held-out prompts of a\\|b |" in loaded.text and "to raise `` pi`cky ``." in loaded.text
+    names = {result.dataset_name for result in loaded.data.eval_results}
+    assert names == {"4 held-out prompts of easy", "3 held-out prompts of a|b"}
+
+
 def test_an_evaluation_in_the_middle_is_not_one_before_training(tmp_path):
     trainer = make_trainer(tmp_path / "output", eval_dataset=PROMPTS, max_steps=4, eval_strategy="steps", eval_steps=2)
     trainer.train()

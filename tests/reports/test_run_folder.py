@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,13 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from diffusers_mixgrpo.reports.run_folder import RunFolder
+
+
+def test_of_a_local_base_only_the_name_is_written(tmp_path, pipeline_folder):
+    folder = tmp_path / "output"
+    make_trainer(folder, pipe=pipeline_folder, max_steps=2).train()
+    text = (folder / "run.json").read_text()
+    assert strict(text)["base_model"] == Path(pipeline_folder).name and str(pipeline_folder) not in text
 
 
 def history(folder):

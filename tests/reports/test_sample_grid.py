@@ -17,6 +17,7 @@ from diffusers_mixgrpo.reports.sample_grid import (
     number,
     readable,
     scale,
+    score_lines,
 )
 from diffusers_mixgrpo.training.samples import Sample, Samples
 
@@ -28,7 +29,13 @@ LONG = "an old lighthouse on a rocky cliff above a stormy sea at dusk, " * 4
 def samples_of(rewards, prompts=("a cat", "a dog"), size=(64, 64), names=("toy_reward",)):
     count = len(rewards) // len(prompts)
     fixed = [
-        Sample(prompts[i // count], Image.new("RGB", size, COLORS[i]), dict.fromkeys(names, reward), reward, seed=i)
+        Sample(
+            prompts[i // count],
+            Image.new("RGB", size, COLORS[i]),
+            {name: reward if j == 0 or reward is None else reward + j for j, name in enumerate(names)},
+            reward if reward is None or len(names) == 1 else reward + 0.5,
+            seed=i,
+        )
         for i, reward in enumerate(rewards)
     ]
     return Samples(120, 400, fixed, count, [])
@@ -87,6 +94,21 @@ def test_scores_are_drawn_below_each_image_whatever_the_prompt(prompt, names):
         for line in range(lines):
             y = bottom + GAP + line * 21
             assert (grid[y : y + 21, x + left : x + right] < 128).any(), (i, line)
+
+
+def test_the_weighted_reward_is_shown_unless_it_is_one_of_the_rewards():
+    image = Image.new("RGB", (8, 8))
+
+    def sample(reward, **rewards):
+        return Sample("a cat", image, rewards, reward)
+
+    one = [sample(0.5, red=0.5, watched=0.5), sample(None, red=None, watched=1.0)]
+    assert score_lines(one) == [
+        [("red", "0.500"), ("watched", "0.500")],
+        [("red", "not scored"), ("watched", "1.000")],
+    ]
+    two = [sample(1.0, red=1.0, sharp=1.0), sample(0.5, red=1.0, sharp=0.0)]  # that they are equal once is chance
+    assert [[name for name, _ in lines] for lines in score_lines(two)] == [["reward", "red", "sharp"]] * 2
 
 
 def test_a_long_name_is_shortened_and_the_value_is_not():

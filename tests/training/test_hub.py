@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from diffusers import FluxPipeline
-from helpers import make_trainer
+from helpers import PROMPTS, make_trainer
 from hub_server import READ, WRITE, hub  # noqa: F401  # a fixture
 from peft import LoraConfig
+
+from diffusers_mixgrpo import MixGRPOTrainer
 
 
 NAME = "someone/output"
@@ -23,8 +27,19 @@ def kept(folder: Path) -> dict[str, bytes]:
     return {n: p.read_bytes() for n, p in names.items() if not n.startswith(("_", "checkpoint-")) and ".part" not in n}
 
 
+def images_of(pipe: FluxPipeline, trainer: MixGRPOTrainer) -> list[np.ndarray]:
+    """The stock pipeline's images of the prompts, with the seeds of evaluations."""
+    images = []
+    for i, row in enumerate(PROMPTS):
+        generator = torch.Generator().manual_seed(trainer.args.eval_seed + i)
+        image = pipe(row["prompt"], **trainer.engine.policy.call_arguments, generator=generator).images[0]
+        images.append(np.asarray(image, dtype=int))
+    return images
+
+
 def test_a_push_arrives_byte_for_byte_and_a_stock_pipeline_loads_it(tmp_path, hub, pipeline_folder):  # noqa: F811
-    trainer = make_trainer(tmp_path / "output", max_steps=2, push_to_hub=True, hub_token=WRITE)
+    lora = LoraConfig(r=4, lora_alpha=64, init_lora_weights=False)  # it changes images from the start
+    trainer = make_trainer(tmp_path / "output", lora=lora, max_steps=2, push_to_hub=True, hub_token=WRITE)
     assert trainer.hub_model_id == NAME and hub.files[NAME] == {}
     trainer.train()
     images = tmp_path / "output" / "images"
@@ -38,8 +53,13 @@ def test_a_push_arrives_byte_for_byte_and_a_stock_pipeline_loads_it(tmp_path, hu
     assert not any(WRITE.encode() in data for data in hub.files[NAME].values())
     assert 'load_lora_weights("someone/output"' in hub.files[NAME]["README.md"].decode()
     pipe = FluxPipeline.from_pretrained(pipeline_folder)
+    plain = images_of(pipe, trainer)
     pipe.load_lora_weights(NAME, weight_name="pytorch_lora_weights.safetensors")
-    assert pipe.get_active_adapters()
+    loaded = images_of(pipe, trainer)
+    trained = [np.asarray(image, dtype=int) for image in trainer.sample_images([p["prompt"] for p in PROMPTS])]
+    # The trainer's VAE has another memory format, whose convolutions round otherwise: at most by a step of 255.
+    assert max(np.abs(a - b).max() for a, b in zip(loaded, trained, strict=True)) <= 1
+    assert max(np.abs(a - b).max() for a, b in zip(plain, trained, strict=True)) > 20
 
 
 @pytest.mark.parametrize(

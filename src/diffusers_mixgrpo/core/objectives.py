@@ -45,7 +45,7 @@ def clipped_objective(
     r"""
     The clipped objective of GRPO: \\(\max(-A\,r, -A\,\mathrm{clip}(r, 1 - \epsilon, 1 + \epsilon_{high}))\\).
 
-    With \\(r = \exp(\log p_{new} - \log p_{old})\\); see equation 6 of MixGRPO (https://arxiv.org/abs/2507.21802).
+    With \\(r = \exp(\log p_{new} - \log p_{old})\\); the objective of MixGRPO (https://arxiv.org/abs/2507.21802).
 
     Args:
         new_log_probs (`torch.Tensor` of shape `(N,)`): Log-probs under the current weights, differentiable.

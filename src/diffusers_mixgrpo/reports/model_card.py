@@ -9,7 +9,15 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..mixgrpo_config import MixGRPOConfig
 from ..policies import PipelinePolicy
 from ..policies.trained_weights import EMA_FOLDER, LORA_WEIGHTS_NAME, TRANSFORMER_FOLDER
-from .card_results import BEFORE_AFTER, as_eval_results, as_table, reward_changes, widget_of
+from .card_results import (
+    BEFORE_AFTER,
+    RewardChange,
+    as_code,
+    as_eval_results,
+    as_table,
+    reward_changes,
+    widget_of,
+)
 from .logged_run import LoggedRun, as_object
 
 
@@ -124,7 +132,7 @@ def mixgrpo_model_card(
     metadata: dict[str, Any],
     eval_reward_names: Sequence[str] = (),
     run: LoggedRun | None = None,
-    num_eval_prompts: int | None = None,
+    num_eval_prompts: int | Mapping[str, int] | None = None,
 ) -> ModelCard:
     """
     Write the card of a trained LoRA or transformer.
@@ -142,7 +150,8 @@ def mixgrpo_model_card(
         metadata (`dict`): More entries of the card's metadata. Its `"tags"` are added to the card's own.
         eval_reward_names (`Sequence[str]`): Rewards that were never trained on.
         run ([`LoggedRun`], *optional*): What the run has logged. Without it the card shows no results.
-        num_eval_prompts (`int`, *optional*): The number of held-out prompts.
+        num_eval_prompts (`int` or `dict[str, int]`, *optional*): The number of held-out prompts, or that of each
+            dataset.
 
     Returns:
         `huggingface_hub.ModelCard`.
@@ -163,7 +172,7 @@ def mixgrpo_model_card(
         entries["widget"] = widget
     if changes:
         entries["model_name"] = repo_id.split("/")[-1]
-        entries["eval_results"] = as_eval_results(changes, num_eval_prompts)
+        entries["eval_results"] = as_eval_results(changes)
     entries |= metadata
     entries["tags"] = list(dict.fromkeys([*tags, *metadata.get("tags", [])]))
     data = ModelCardData(
@@ -190,9 +199,9 @@ def mixgrpo_model_card(
         name=repo_id.split("/")[-1],
         kind="A LoRA" if is_lora else "A full fine-tuning",
         base_link=f"[{base_model}](https://huggingface.co/{base_model})" if is_on_hub else f"a local {pipeline}",
-        rewards=" and ".join(f"`{name}`" for name, weight in reward_weights.items() if weight),
+        rewards=" and ".join(as_code(name) for name, weight in reward_weights.items() if weight),
         watched=_watched([name for name, weight in reward_weights.items() if not weight], eval_reward_names),
-        results=_results(run, as_table(changes, dict(reward_weights)) if changes else "", num_eval_prompts),
+        results=_results(run, changes, reward_weights),
         versions=_versions(run),
         imports=", ".join(sorted(imports)),
         load=load,
@@ -212,16 +221,19 @@ def mixgrpo_model_card(
 
 def _watched(logged: Sequence[str], untrained: Sequence[str]) -> str:
     """A sentence on the rewards that were not trained on."""
-    names = [f"`{name}`" for name in [*logged, *untrained]]
+    names = [as_code(name) for name in [*logged, *untrained]]
     verb = "was" if len(names) == 1 else "were"
     return f" {' and '.join(names)} {verb} only watched." if names else ""
 
 
-def _results(run: LoggedRun | None, table: str, num_prompts: int | None) -> str:
+def _results(run: LoggedRun | None, changes: Sequence[RewardChange], reward_weights: Mapping[str, float]) -> str:
     text = ""
-    if table:
-        prompts = "held-out prompts" if num_prompts is None else f"{num_prompts} held-out prompts"
-        text = RESULTS.format(prompts=prompts, table=table)
+    if changes:
+        prompts = {change.prompts for change in changes}
+        text = RESULTS.format(
+            prompts=prompts.pop() if len(prompts) == 1 else "held-out prompts",
+            table=as_table(changes, dict(reward_weights)),
+        )
     if run is not None and (run.path / BEFORE_AFTER).is_file():
         text += PICTURE.format(file=BEFORE_AFTER)
     return text

@@ -102,9 +102,11 @@ def run_facts(
 ) -> dict[str, Any]:
     """What a run is, for `run.json`. It holds no secrets."""
     pipe = policy.pipe
+    base = pipe.config.get("_name_or_path")
     rank = pipe.transformer.peft_config[weights.adapter_name].r if weights.is_lora else None
     return {
-        "base_model": pipe.config.get("_name_or_path"),
+        # Of a folder only its name, since the file may be published
+        "base_model": Path(base).resolve().name if base and os.path.isdir(base) else base,
         "pipeline": type(pipe).__name__,
         "family": policy.family,
         "reward_names": list(reward_names),

@@ -61,7 +61,8 @@ def draw_samples(samples: Samples) -> Image.Image:
     """
     known = [sample.reward for sample in samples.fixed if sample.reward is not None]
     marks = _marks([sample.reward for sample in samples.fixed])
-    tiles = [Tile(s.image, score_lines(s), mark) for s, mark in zip(samples.fixed, marks, strict=True)]
+    scores = score_lines(samples.fixed)
+    tiles = [Tile(s.image, lines, mark) for s, lines, mark in zip(samples.fixed, scores, marks, strict=True)]
     count = samples.images_per_prompt
     blocks = [Block(samples.fixed[i].prompt, tiles[i : i + count]) for i in range(0, len(tiles), count)]
     mean = f"mean reward {number(sum(known) / len(known))}" if known else "no image could be scored"
@@ -119,10 +120,14 @@ def scale(image: Image.Image) -> Image.Image:
     return image
 
 
-def score_lines(sample: Sample) -> list[tuple[str, str]]:
-    """Names and values of an image's scores for people; the weighted reward comes first where there are several."""
-    lines = [(readable(name), number(value)) for name, value in sample.rewards.items()]
-    return lines if len(lines) == 1 else [("reward", number(sample.reward)), *lines]
+def score_lines(samples: Sequence[Sample]) -> list[list[tuple[str, str]]]:
+    """For each image the names and values of its scores; the weighted reward comes first, if it is not one of them."""
+    names = samples[0].rewards
+    is_one_of_them = any(all(sample.rewards[name] == sample.reward for sample in samples) for name in names)
+    lines = [[(readable(name), number(value)) for name, value in sample.rewards.items()] for sample in samples]
+    if is_one_of_them:
+        return lines
+    return [[("reward", number(sample.reward)), *own] for sample, own in zip(samples, lines, strict=True)]
 
 
 def readable(name: str) -> str:

@@ -102,16 +102,16 @@ def _to_tensorboard(callback: Any, samples: Samples, grid: Image.Image) -> None:
 
 def _to_wandb(callback: Any, samples: Samples, grid: Image.Image) -> None:
     wandb = callback._wandb
-    images = [wandb.Image(sample.image, caption=_caption(sample)) for sample in samples.fixed]
+    images = [wandb.Image(sample.image, caption=caption) for sample, caption in _captioned(samples.fixed)]
     wandb.log({"samples/grid": wandb.Image(grid), "samples/images": images, "train/global_step": samples.step})
 
 
 def _to_trackio(callback: Any, samples: Samples, grid: Image.Image) -> None:
     trackio = callback._trackio
     rows = [
-        {"prompt": sample.prompt, "seed": sample.seed, "image": trackio.Image(sample.image, caption=_caption(sample))}
-        | dict(score_lines(sample))
-        for sample in samples.fixed
+        {"prompt": sample.prompt, "seed": sample.seed, "image": trackio.Image(sample.image, caption=caption)}
+        | dict(scores)
+        for (sample, caption), scores in zip(_captioned(samples.fixed), score_lines(samples.fixed), strict=True)
     ]
     table = trackio.Table(data=rows)
     trackio.log({"samples/grid": trackio.Image(grid), "samples/table": table, "train/global_step": samples.step})
@@ -139,7 +139,7 @@ def _to_clearml(callback: Any, samples: Samples, grid: Image.Image) -> None:
 
 def _to_swanlab(callback: Any, samples: Samples, grid: Image.Image) -> None:
     swanlab = callback._swanlab
-    images = [swanlab.Image(sample.image, caption=_caption(sample)) for sample in samples.fixed]
+    images = [swanlab.Image(sample.image, caption=caption) for sample, caption in _captioned(samples.fixed)]
     swanlab.log({"samples/grid": swanlab.Image(grid), "samples/images": images}, step=samples.step)
 
 
@@ -160,16 +160,20 @@ _SENDERS: dict[type[TrainerCallback], Callable[[Any, Samples, Image.Image], None
 }
 
 
-def _caption(sample: Sample) -> str:
-    scores = ", ".join(f"{name} {value}" for name, value in score_lines(sample))
-    return f"{sample.prompt} (seed {sample.seed}): {scores}"
+def _captioned(samples: Sequence[Sample]) -> list[tuple[Sample, str]]:
+    captioned = []
+    for sample, lines in zip(samples, score_lines(samples), strict=True):
+        scores = ", ".join(f"{name} {value}" for name, value in lines)
+        captioned.append((sample, f"{sample.prompt} (seed {sample.seed}): {scores}"))
+    return captioned
 
 
 def _table(samples: Sequence[Sample]) -> str:
     """Prompts and scores in Markdown, one row per image."""
-    names = [name for name, _ in score_lines(samples[0])]
+    scores = score_lines(samples)
+    names = [name for name, _ in scores[0]]
     rows = [["prompt", "seed", *names], ["---"] * (2 + len(names))]
-    for sample in samples:
+    for sample, lines in zip(samples, scores, strict=True):
         prompt = " ".join(sample.prompt.split()).replace("|", "\\|")
-        rows.append([prompt, str(sample.seed), *(value for _, value in score_lines(sample))])
+        rows.append([prompt, str(sample.seed), *(value for _, value in lines)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
