@@ -89,7 +89,7 @@ def test_the_page_is_whole_and_has_the_numbers_of_the_log(run):
         for name in ("reward", "grad_norm", "reward_std", "eval_rewards/blueness/mean"):
             if name in entry:
                 assert short(entry[name]) in page.text, (name, entry["step"])
-    assert "A LoRA of rank 4 for miniature" in page.text and "to raise redness" in page.text
+    assert "A LoRA of rank 4 for a local FluxPipeline (miniature)" in page.text and "to raise redness" in page.text
     assert "8 of 8, finished" in page.text
     assert "torch 2.0" in page.text
 

@@ -83,6 +83,7 @@ def test_what_a_card_says(tmp_path):
     assert "`redness` and `clipscore`" in made.text
     assert "6 optimizer steps in 3 iterations of 16 images\n(4 per prompt), learning rate 0.001" in made.text
     assert "| `epsilon` | 0.0125 |" in made.text and "| `window_size` | 2 |" in made.text
+    assert "| `guidance_scale` | 3.5 |" in made.text  # the pipeline's own
     assert "A full fine-tuning of" in card(tmp_path, is_lora=False).text
 
 

@@ -139,6 +139,8 @@ def _description(run: LoggedRun) -> str:
     base = as_text(run.info.get("base_model")) or "a base model that is not recorded"
     pipeline = as_text(run.info.get("pipeline"))
     model = report_images.clipped(base, 120) + (f" ({pipeline[:60]})" if pipeline else "")
+    if pipeline and "/" not in base and run.info.get("base_model"):  # a folder: the Hub's names have an owner
+        model = f"a local {pipeline[:60]} ({report_images.clipped(base, 120)})"
     rank = as_number(run.info.get("lora_rank"))
     kind = "A policy from"
     if run.info.get("is_lora") is True:

@@ -214,7 +214,9 @@ def mixgrpo_model_card(
         images=settings.prompts_per_iteration * settings.num_generations * num_processes,
         num_generations=settings.num_generations,
         learning_rate=settings.learning_rate,
-        rows="\n".join(f"| `{name}` | {getattr(settings, name)} |" for name in SETTINGS),
+        rows="\n".join(
+            f"| `{name}` | {getattr(policy if name == 'guidance_scale' else settings, name)} |" for name in SETTINGS
+        ),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
