@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from helpers import PROMPTS, build_pipeline, make_trainer, redness, small_config
 from huggingface_hub import ModelCard
 from peft import LoraConfig
@@ -158,6 +159,19 @@ def test_a_trainer_knows_the_folder_that_it_was_given(tmp_path, pipeline_folder)
     text = (tmp_path / "output" / "README.md").read_text()
     assert pipeline_folder not in text and "path/to/the/base/pipeline" in text
     assert 'pipe.load_lora_weights("output"' in text
+
+
+def test_a_transformer_of_another_source_is_named(tmp_path, pipeline_folder):
+    """The LoRA would give other images on the transformer of the base that the card names."""
+    build_pipeline().transformer.save_pretrained(tmp_path / "other" / "transformer")
+    for folder, is_named in ((pipeline_folder, False), (tmp_path / "other", True)):
+        transformer = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+        pipe = FluxPipeline.from_pretrained(pipeline_folder, transformer=transformer)
+        make_trainer(tmp_path / "output", pipe=pipe).create_model_card()
+        text = (tmp_path / "output" / "README.md").read_text()
+        assert ("pass that one to\n`from_pretrained` as `transformer`" in text) == is_named
+    make_trainer(tmp_path / "output", pipe=pipeline_folder).create_model_card()
+    assert "pass that one" not in (tmp_path / "output" / "README.md").read_text()
 
 
 def test_the_license_of_the_base(tmp_path):

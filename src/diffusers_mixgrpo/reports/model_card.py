@@ -49,7 +49,7 @@ image = pipe(
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]
 ```
-{ema}{shift}
+{other_transformer}{ema}{shift}
 ## Training
 
 {optimizer_steps} optimizer steps in {iterations} iterations of {images} images
@@ -85,6 +85,11 @@ A higher reward is what the training aimed at; whether the images are better is 
 
 PICTURE = """
 ![The same prompts and seeds before and after training]({file})
+"""
+
+TRANSFORMER_NOTE = """
+The LoRA was trained on the transformer of {source}, not on that of the pipeline above: pass that one to
+`from_pretrained` as `transformer`.
 """
 
 SHIFT_NOTE = """
@@ -206,6 +211,7 @@ def mixgrpo_model_card(
         imports=", ".join(sorted(imports)),
         load=load,
         prompt=_literal(prompt),
+        other_transformer=_transformer_note(policy) if is_lora else "",
         arguments="\n".join(f"    {name}={value!r}," for name, value in policy.call_arguments.items()),
         ema="" if settings.ema_decay is None else EMA_NOTE.format(decay=settings.ema_decay, argument=average),
         shift="" if settings.shift is None else SHIFT_NOTE.format(shift=settings.shift),
@@ -239,6 +245,16 @@ def _results(run: LoggedRun | None, changes: Sequence[RewardChange], reward_weig
     if run is not None and (run.path / BEFORE_AFTER).is_file():
         text += PICTURE.format(file=BEFORE_AFTER)
     return text
+
+
+def _transformer_note(policy: PipelinePolicy) -> str:
+    """Which transformer the LoRA needs, if the pipeline was loaded with another one than its own."""
+    base, source = (str(part.config.get("_name_or_path") or "") for part in (policy.pipe, policy.pipe.transformer))
+    if not base or not source or source.startswith(base) or f"models--{base.replace('/', '--')}" in source:
+        return ""
+    is_local = os.path.exists(source)
+    name = "another pipeline in a local folder" if is_local else f"[{source}](https://huggingface.co/{source})"
+    return TRANSFORMER_NOTE.format(source=name)
 
 
 def _versions(run: LoggedRun | None) -> str:
