@@ -20,8 +20,9 @@ TEXTS = ["a cat", "two big dogs"]  # of different lengths
 SEEDS = [11, 12]
 SIZE = {"height": 32, "width": 48}
 STEPS = 5
-# Guidance scales without and with a second pass. The flux family has none.
-SCALES = {"flux": (0.0, 3.5), "flux2-klein": (1.0, 4.0), "qwen-image": (1.0, 4.0)}
+# Guidance scales without and with a second pass. These families never have one.
+DISTILLED = ("flux", "flux2")
+SCALES = {"flux": (0.0, 3.5), "flux2": (1.0, 4.0), "flux2-klein": (1.0, 4.0), "qwen-image": (1.0, 4.0)}
 SCALES |= {"stable-diffusion-3": (1.0, 7.0), "z-image": (0.0, 5.0)}
 CASES = [(name, scale) for name, scales in SCALES.items() for scale in scales]
 FAMILY = pytest.mark.parametrize("family", MINIATURES)
@@ -81,7 +82,7 @@ def roll_out(policy, texts=TEXTS, group=1, start=0, size=0, **config):
 @pytest.mark.parametrize("family, scale", CASES)
 def test_a_rollout_without_a_window_is_the_stock_pipeline(family, scale, texts):
     policy = make_policy(shared(family), scale, texts)
-    assert policy.is_guided == (family != "flux" and scale == SCALES[family][1])
+    assert policy.is_guided == (family not in DISTILLED and scale == SCALES[family][1])
     trajectory = roll_out(policy, texts)
     latents = stock(policy, texts, "latent")
     if latents.shape == trajectory.latents.shape:  # not where the pipeline returns them unpacked
@@ -139,7 +140,7 @@ def test_a_prompt_is_the_same_in_each_batch(family):
 # ---- Guidance ----
 
 
-@pytest.mark.parametrize("family", [name for name in MINIATURES if name != "flux"])
+@pytest.mark.parametrize("family", [name for name in MINIATURES if name not in DISTILLED])
 @torch.no_grad()
 def test_guidance_is_a_second_pass_only_where_it_is_on(family):
     pipe = shared(family)
@@ -172,7 +173,7 @@ def test_a_negative_prompt(family):
     assert other.with_sampling(height=48).negative_prompt == "ugly red"
 
 
-@pytest.mark.parametrize("family", ["flux", "flux2-klein"])
+@pytest.mark.parametrize("family", ["flux", "flux2", "flux2-klein"])
 def test_pipelines_without_a_negative_prompt_refuse_one(family):
     pipe = shared(family)
     with pytest.raises(ValueError, match=f"`negative_prompt` must be None for a {type(pipe).__name__}, .*got 'ugly'"):
@@ -289,4 +290,4 @@ def test_defaults_are_those_of_the_pipelines_call(family):
 
 def test_every_family_is_tested():
     tested = {type(shared(family)).__name__ for family in MINIATURES}
-    assert tested == set(FAMILIES) - {"Flux2Pipeline"}
+    assert tested == set(FAMILIES)
