@@ -14,6 +14,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -72,6 +73,13 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.padding_side = "right"
     return fast
+
+
+def build_flux_schnell(seed: int = 0) -> FluxPipeline:
+    """FLUX.1-schnell: as FLUX.1-dev, but its transformer knows no guidance scale, and the timesteps have no shift."""
+    pipe = build_pipeline(seed, guidance_embeds=False)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
+    return pipe
 
 
 def build_sd3(seed: int = 0, dual_attention: bool = True) -> StableDiffusion3Pipeline:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from helpers import PROMPTS, assert_same, make_trainer, trained
-from miniatures import MINIATURES
+from helpers import PROMPTS, assert_same, logged, make_trainer, trained
+from miniatures import MINIATURES, build_flux_schnell
 from peft import LoraConfig
 
 from diffusers_mixgrpo import MixedODESDEScheduler, hybrid_inference, policy_class, sample_trajectories
@@ -21,17 +21,17 @@ SEEDS = [11, 12]
 SIZE = {"height": 32, "width": 48}
 STEPS = 5
 # Guidance scales without and with a second pass. These families never have one.
-DISTILLED = ("flux", "flux2")
+DISTILLED = ("flux", "flux2", "flux-schnell")
 SCALES = {"flux": (0.0, 3.5), "flux2": (1.0, 4.0), "flux2-klein": (1.0, 4.0), "qwen-image": (1.0, 4.0)}
 SCALES |= {"stable-diffusion-3": (1.0, 7.0), "z-image": (0.0, 5.0)}
-CASES = [(name, scale) for name, scales in SCALES.items() for scale in scales]
+CASES = [(name, scale) for name, scales in SCALES.items() for scale in scales] + [("flux-schnell", 0.0)]
 FAMILY = pytest.mark.parametrize("family", MINIATURES)
 
 
 @functools.cache
 def shared(family: str) -> DiffusionPipeline:
     """The miniature pipeline of a family; tests must leave it as it is."""
-    return MINIATURES[family]()
+    return (MINIATURES | {"flux-schnell": build_flux_schnell})[family]()
 
 
 def copied(family: str) -> DiffusionPipeline:
@@ -178,6 +178,19 @@ def test_pipelines_without_a_negative_prompt_refuse_one(family):
     pipe = shared(family)
     with pytest.raises(ValueError, match=f"`negative_prompt` must be None for a {type(pipe).__name__}, .*got 'ugly'"):
         policy_class(type(pipe).__name__)(pipe, negative_prompt="ugly")
+
+
+def test_the_steps_of_flux_schnell_are_even_and_train(tmp_path):
+    """Without a shift, and with what its card says: four steps, no guidance."""
+    pipe = build_flux_schnell()
+    changes = {"num_inference_steps": 4, "window_size": 1, "sde_type": "cps", "guidance_scale": 0.0, "max_steps": 2}
+    trainer = make_trainer(tmp_path, pipe=pipe, **changes)
+    trainer.train()
+    assert trainer.rollout.trajectory.transitions.timesteps.tolist() == [1000]
+    policy = trainer.engine.policy
+    policy.prepare_scheduler(trainer.engine.scheduler)
+    assert trainer.engine.scheduler.timesteps.tolist() == [1000, 750, 500, 250]
+    assert max(logged(trainer, "ratio/on_policy_max_deviation")) <= 1e-5
 
 
 def test_a_distilled_klein_is_not_guided():

@@ -28,10 +28,13 @@ class Flux2Policy(PackedPolicy):
     family = "flux2"
     pipeline_class = Flux2Pipeline
     licenses = {
-        "black-forest-labs/FLUX.2-dev": {
-            "license": "other",
-            "license_name": "flux-dev-non-commercial-license",
-            "license_link": "https://huggingface.co/black-forest-labs/FLUX.2-dev/blob/main/LICENSE.txt",
+        **{
+            f"black-forest-labs/FLUX.2-{name}": {
+                "license": "other",
+                "license_name": "flux-non-commercial-license",
+                "license_link": f"https://huggingface.co/black-forest-labs/FLUX.2-{name}/blob/main/LICENSE.md",
+            }
+            for name in ("dev", "klein-9B", "klein-base-9B")
         },
         "black-forest-labs/FLUX.2-klein-4B": {"license": "apache-2.0"},
         "black-forest-labs/FLUX.2-klein-base-4B": {"license": "apache-2.0"},
