@@ -152,7 +152,7 @@ class MixGRPOTrainer(HubTrainer):
             check_dataset(name, part)
         is_first = args.process_index == 0
         self._opened = repository_of(args).open() if args.push_to_hub and is_first else None
-        check_source(model, args)
+        check_source(model, args, peft_config)
 
         # 2. The rewards
         kwargs = args.reward_init_kwargs if isinstance(args.reward_init_kwargs, dict) else {}

@@ -14,6 +14,7 @@ from peft import LoraConfig
 
 from diffusers_mixgrpo import MixedODESDEScheduler, hybrid_inference, policy_class, sample_trajectories
 from diffusers_mixgrpo.policies import FAMILIES, PipelinePolicy
+from diffusers_mixgrpo.policies.lora_targets import check_targets
 
 
 TEXTS = ["a cat", "two big dogs"]  # of different lengths
@@ -284,11 +285,15 @@ def test_the_options_of_a_run(family, tmp_path):
 
 @FAMILY
 def test_lora_targets_exist(family):
-    policy = policy_class(type(shared(family)).__name__)
-    names = [name for name, _ in shared(family).transformer.named_modules()]
-    for target in policy.lora_target_modules:
-        assert any(name.endswith(f".{target}") for name in names), target
-    copied(family).transformer.add_adapter(LoraConfig(target_modules=list(policy.lora_target_modules)))
+    """Each of them names layers of the transformer, of the miniature and of one in full size."""
+    targets = list(policy_class(type(shared(family)).__name__).lora_target_modules)
+    with torch.device("meta"):
+        full_size = type(shared(family).transformer)()
+    for transformer in (shared(family).transformer, full_size):
+        check_targets(transformer, LoraConfig(target_modules=targets), [])
+        with pytest.raises(ValueError, match="got 'attn.to_nothing', which no layer has"):
+            check_targets(transformer, LoraConfig(target_modules=[*targets, "attn.to_nothing"]), [])
+    copied(family).transformer.add_adapter(LoraConfig(target_modules=targets))
 
 
 @FAMILY
