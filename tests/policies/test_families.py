@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from helpers import PROMPTS, assert_same, logged, make_trainer, trained
+from helpers import PROMPTS, SMALL, assert_same, logged, make_trainer, redness, trained
 from miniatures import MINIATURES, build_flux_schnell
 from peft import LoraConfig
 
-from diffusers_mixgrpo import MixedODESDEScheduler, hybrid_inference, policy_class, sample_trajectories
+from diffusers_mixgrpo import (
+    MixedODESDEScheduler,
+    MixGRPOConfig,
+    MixGRPOTrainer,
+    hybrid_inference,
+    policy_class,
+    sample_trajectories,
+)
 from diffusers_mixgrpo.policies import FAMILIES, PipelinePolicy
 from diffusers_mixgrpo.policies.lora_targets import check_targets
 
@@ -304,6 +311,31 @@ def test_defaults_are_those_of_the_pipelines_call(family):
     assert policy.default_guidance_scale == defaults[policy.guidance_argument]
     assert policy.default_sequence_length == defaults["max_sequence_length"]
     assert ("negative_prompt" in defaults) == (policy.default_negative_prompt is not None) or family == "flux"
+
+
+@FAMILY
+def test_a_preset_leaves_shift_and_guidance_to_the_family(family, tmp_path):
+    """They are those of the papers' model, FLUX.1, unless they are passed."""
+
+    def trainer_of_preset(**changes):
+        settings = MixGRPOConfig.from_preset("mixgrpo", output_dir=str(tmp_path), **(SMALL | changes))
+        lora = LoraConfig(r=4)
+        return MixGRPOTrainer(copied(family), redness, settings, train_dataset=PROMPTS, peft_config=lora), settings
+
+    trainer, settings = trainer_of_preset()
+    policy, scheduler = trainer.engine.policy, trainer.engine.scheduler
+    assert (settings.shift, settings.guidance_scale) == (3.0, 3.5)
+    assert trainer.args.sde_type == "flow" and trainer.args.epsilon == SMALL["epsilon"]
+    if family == "flux":
+        assert trainer.args is settings and policy.guidance_scale == 3.5
+        assert scheduler.config.shift == 3.0 and not scheduler.config.use_dynamic_shifting
+    else:
+        assert policy.guidance_scale == policy.default_guidance_scale
+        for name in ("shift", "use_dynamic_shifting"):
+            assert scheduler.config[name] == policy.pipe.scheduler.config[name]
+    trainer, _ = trainer_of_preset(shift=3.0, guidance_scale=3.5)
+    assert trainer.engine.policy.guidance_scale == 3.5
+    assert trainer.engine.scheduler.config.shift == 3.0 and not trainer.engine.scheduler.config.use_dynamic_shifting
 
 
 def test_every_family_is_tested():
