@@ -7,7 +7,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from helpers import PROMPTS, SMALL, assert_same, logged, make_trainer, redness, trained
 from miniatures import MINIATURES, build_flux_schnell
 from peft import LoraConfig
@@ -138,11 +138,13 @@ def test_the_ratio_is_one_before_the_first_update(family, sde_type, places):
 @FAMILY
 def test_a_prompt_is_the_same_in_each_batch(family):
     policy = make_policy(shared(family), SCALES[family][1], length=30)
-    together, alone = policy.encode(TEXTS), policy.encode(TEXTS[1:])
-    for name, rows in together.rows.items():
-        torch.testing.assert_close(rows[1:], alone.rows[name], rtol=1e-5, atol=1e-5)
-    for name, tensor in together.shared.items():
-        assert torch.equal(tensor, alone.shared[name])
+    together = policy.encode(TEXTS)
+    for i, text in enumerate(TEXTS):
+        alone = policy.encode([text])
+        for name, rows in together.rows.items():
+            torch.testing.assert_close(rows[i : i + 1], alone.rows[name], rtol=1e-5, atol=1e-5)
+        for name, tensor in together.shared.items():
+            assert torch.equal(tensor, alone.shared[name])
 
 
 # ---- Guidance ----
@@ -165,6 +167,14 @@ def test_guidance_is_a_second_pass_only_where_it_is_on(family):
             assert policy.passes_per_step == (2 if policy.is_guided else 1)
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("family", ["flux2-klein", "stable-diffusion-3", "z-image"])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 1.5])
+def test_guidance_is_on_where_the_stock_pipeline_says_so(family, scale):
+    pipe = shared(family)
+    pipe._guidance_scale = scale  # as in its `__call__`
+    assert make_policy(pipe, scale).is_guided == pipe.do_classifier_free_guidance
 
 
 @pytest.mark.parametrize("family", ["qwen-image", "stable-diffusion-3", "z-image"])
@@ -215,6 +225,14 @@ def test_sd3_without_its_t5_encoder():
     pipe = type(shared("stable-diffusion-3"))(**parts | {"text_encoder_3": None, "tokenizer_3": None})
     pipe.set_progress_bar_config(disable=True)
     policy = make_policy(pipe, 7.0)
+    assert torch.equal(roll_out(policy).latents, stock(policy, TEXTS, "latent"))
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion-3", "z-image"])
+def test_a_dynamic_shift_where_the_published_models_have_none(family):
+    pipe = copied(family)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    policy = make_policy(pipe, SCALES[family][0])
     assert torch.equal(roll_out(policy).latents, stock(policy, TEXTS, "latent"))
 
 
@@ -315,14 +333,9 @@ def test_defaults_are_those_of_the_pipelines_call(family):
 
 @FAMILY
 def test_a_preset_leaves_shift_and_guidance_to_the_family(family, tmp_path):
-    """They are those of the papers' model, FLUX.1, unless they are passed."""
-
-    def trainer_of_preset(**changes):
-        settings = MixGRPOConfig.from_preset("mixgrpo", output_dir=str(tmp_path), **(SMALL | changes))
-        lora = LoraConfig(r=4)
-        return MixGRPOTrainer(copied(family), redness, settings, train_dataset=PROMPTS, peft_config=lora), settings
-
-    trainer, settings = trainer_of_preset()
+    """Those of the presets are for the papers' model, FLUX.1."""
+    settings = MixGRPOConfig.from_preset("mixgrpo", output_dir=str(tmp_path), **SMALL)
+    trainer = MixGRPOTrainer(copied(family), redness, settings, PROMPTS, peft_config=LoraConfig(r=4))
     policy, scheduler = trainer.engine.policy, trainer.engine.scheduler
     assert (settings.shift, settings.guidance_scale) == (3.0, 3.5)
     assert trainer.args.sde_type == "flow" and trainer.args.epsilon == SMALL["epsilon"]
@@ -333,9 +346,6 @@ def test_a_preset_leaves_shift_and_guidance_to_the_family(family, tmp_path):
         assert policy.guidance_scale == policy.default_guidance_scale
         for name in ("shift", "use_dynamic_shifting"):
             assert scheduler.config[name] == policy.pipe.scheduler.config[name]
-    trainer, _ = trainer_of_preset(shift=3.0, guidance_scale=3.5)
-    assert trainer.engine.policy.guidance_scale == 3.5
-    assert trainer.engine.scheduler.config.shift == 3.0 and not trainer.engine.scheduler.config.use_dynamic_shifting
 
 
 def test_every_family_is_tested():

@@ -16,9 +16,9 @@ IN_BLOCK_0 = {"layers_to_transform": [0], "layers_pattern": "transformer_blocks"
 
 @pytest.fixture(scope="module")
 def transformer():
-    """FLUX.1-dev's, without weights: 19 and 38 blocks."""
+    """FLUX.1-dev's with fewer blocks, and without weights."""
     with torch.device("meta"):
-        return FluxTransformer2DModel(guidance_embeds=True)
+        return FluxTransformer2DModel(num_layers=3, num_single_layers=5)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def transformer():
             {**IN_BLOCK_0, "target_modules": ["to_q", "proj_mlp"]},
             "in the blocks of `layers_to_transform`, got 'proj_mlp'",
         ),
-        ({**IN_BLOCK_0, "layers_to_transform": [0, 19]}, "layers_to_transform` .*got 19. .* are 0, 1, 2, .* 17, 18"),
-        ({**IN_BLOCK_0, "layers_to_transform": 19}, "layers_to_transform` .*got 19"),
+        ({**IN_BLOCK_0, "layers_to_transform": [0, 3]}, r"layers_to_transform` .*got 3. .* are 0, 1, 2\.$"),
+        ({**IN_BLOCK_0, "layers_to_transform": 3}, "layers_to_transform` .*got 3"),
         (
             {**IN_BLOCK_0, "layers_pattern": ["transformer_blocks", "layers"]},
             "layers_pattern` .*got 'layers'. .* single",
@@ -92,10 +92,10 @@ def test_what_names_no_layer_is_refused(transformer, options, problem):
         {"exclude_modules": ["attn.to_q"]},
         {"exclude_modules": []},
         IN_BLOCK_0,
-        {"layers_to_transform": [0, 37], "layers_pattern": ["transformer_blocks", "single_transformer_blocks"]},
+        {"layers_to_transform": [0, 4], "layers_pattern": ["transformer_blocks", "single_transformer_blocks"]},
         {
             "layers_to_transform": [],
-            "rank_pattern": {r"transformer_blocks\.1\d\..*": 2},
+            "rank_pattern": {r"transformer_blocks\.[01]\..*": 2},
             "alpha_pattern": {"to_k": 32},
         },
     ],
