@@ -332,6 +332,16 @@ def test_defaults_are_those_of_the_pipelines_call(family):
 
 
 @FAMILY
+def test_the_licenses_of_base_models_are_their_own(family):
+    for repository, entries in policy_class(type(shared(family)).__name__).licenses.items():
+        if entries["license"] == "other":  # the Hub then wants a name and a link
+            assert entries.keys() == {"license", "license_name", "license_link"}
+            assert entries["license_link"].startswith(f"https://huggingface.co/{repository}/blob/main/LICENSE")
+        else:
+            assert entries == {"license": "apache-2.0"}
+
+
+@FAMILY
 def test_a_preset_leaves_shift_and_guidance_to_the_family(family, tmp_path):
     """Those of the presets are for the papers' model, FLUX.1."""
     settings = MixGRPOConfig.from_preset("mixgrpo", output_dir=str(tmp_path), **SMALL)
