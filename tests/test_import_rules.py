@@ -136,6 +136,14 @@ def test_only_the_policies_name_a_family(module):
         assert detail not in text
 
 
+def test_a_family_is_imported_by_its_name_in_the_table_alone():
+    """So that one that is not used is never imported; test_lazy_imports looks at a whole run."""
+    families = {f"policies/{module}" for module, _ in FAMILIES.values()}
+    assert {module: imports(module) & families for module in MODULES if module not in families} == {
+        module: set() for module in MODULES if module not in families
+    }
+
+
 @pytest.mark.parametrize("file", CORE_TESTS)
 def test_tests_of_the_core_name_no_family(file):
     text = (TESTS / file).read_text().lower()

@@ -3,12 +3,15 @@
 import ast
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 
 import pytest
+from helpers import SMALL
 
 import diffusers_mixgrpo
+from diffusers_mixgrpo.policies import FAMILIES
 
 
 LIBRARIES = {"torch", "diffusers", "transformers", "accelerate", "peft", "trl", "datasets", "matplotlib", "scipy"}
@@ -30,6 +33,36 @@ def test_what_is_not_imported(code, unused):
     code = f"import sys; {code}; print(*sorted({unused!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("\n", "")
+
+
+TRAIN = """
+import sys
+from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer
+from peft import LoraConfig
+
+def reward(prompts, images, **columns):
+    return [float(i) for i in range(len(images))]
+
+args = MixGRPOConfig(output_dir=sys.argv[2], **eval(sys.argv[3]))
+trainer = MixGRPOTrainer(sys.argv[1], reward, args, [{"prompt": "a cat"}] * 2, peft_config=LoraConfig(r=2))
+trainer.train()
+print(*sorted(name for name in sys.modules if name.startswith(("diffusers", "transformers.models"))))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_imports_its_own_family_alone(pipeline_folder, tmp_path):
+    arguments = [pipeline_folder, str(tmp_path), repr(SMALL | {"max_steps": 2})]
+    done = subprocess.run([sys.executable, "-c", TRAIN, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    modules = done.stdout.split("\n")[-2].split()
+    own = f"diffusers_mixgrpo.policies.{FAMILIES['FluxPipeline'][0]}"
+    families = {f"diffusers_mixgrpo.policies.{module}" for module, _ in FAMILIES.values()}
+    assert families & set(modules) == {own}
+    # diffusers itself imports the classes of all transformers, but no other pipeline, and no other text encoder.
+    assert set(re.findall(r"diffusers\.pipelines\.(\w+)\.pipeline_", " ".join(modules))) == {"flux"}
+    encoders = set(re.findall(r"transformers\.models\.(\w+)\.modeling_", " ".join(modules)))
+    assert {"clip", "t5"} <= encoders and not encoders & {"qwen2_5_vl", "qwen3", "mistral3", "pixtral"}
 
 
 def test_type_checkers_see_the_same_names():

@@ -547,6 +547,24 @@ def test_the_windows_of_the_presets_move_as_published(tmp_path):
     assert starts("mixgrpo", window_interval=30)[29:31] == [0, 1]
 
 
+def test_what_a_preset_leaves_to_pipelines_of_other_models(tmp_path):
+    def left(changes=None, **overrides):
+        config = MixGRPOConfig.from_preset("mixgrpo", output_dir=str(tmp_path), use_cpu=True, **overrides)
+        for name, value in (changes or {}).items():
+            setattr(config, name, value)
+        other = config.for_other_models()
+        same = {field.name for field in dataclasses.fields(config)} - {"shift", "guidance_scale"}
+        assert all(getattr(other, name) == getattr(config, name) for name in same)
+        return other.shift, other.guidance_scale
+
+    assert left() == (None, None)
+    assert left(shift=3.0, guidance_scale=3.5) == (3.0, 3.5)  # as passed
+    assert left(guidance_scale=7.0) == (None, 7.0)
+    assert left({"shift": 2.0}) == (2.0, None)
+    plain = make(tmp_path, shift=3.0, guidance_scale=3.5).for_other_models()
+    assert (plain.shift, plain.guidance_scale) == (3.0, 3.5)
+
+
 def test_an_unknown_preset():
     with pytest.raises(ValueError, match="`name` must be one of .*'mixgrpo-flash-star'.*got 'ppo'"):
         MixGRPOConfig.from_preset("ppo")

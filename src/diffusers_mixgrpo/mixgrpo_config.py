@@ -20,7 +20,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from . import argument_rules as must_be
 from .config_rules import config_rules
 from .core.window_schedule import WindowSchedule
-from .presets import PRESETS
+from .presets import PAPERS_MODEL, PRESETS
 from .scheduling_mixed_ode_sde import MixedODESDEScheduler
 
 
@@ -457,6 +457,7 @@ class MixGRPOConfig(TrainingArguments):
         if isinstance(self.window_size, str) and self.window_size == "all":
             self.window_size = -1
         must_be.check_fields(self, config_rules(type(self)))  # type: ignore[arg-type]  # a class is hashable
+        self._of_papers_model: tuple[str, ...] = ()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         # PyTorch's optimizers refuse a pair of an int and a float.
@@ -501,6 +502,8 @@ class MixGRPOConfig(TrainingArguments):
         """
         The configuration of a published method, for full fine-tuning of the papers' model at 720x720.
 
+        With a pipeline of another family, the trainer samples with the shift and the guidance of that pipeline.
+
         All share the setting of the comparison in the MixGRPO paper (arXiv 2507.21802, and its released scripts): 25
         steps, static shift 3, guidance 3.5, groups of 12 images, 4 optimizer steps an iteration for 300 iterations,
         AdamW at 1e-5 with weight decay 1e-4, gradient norm 1, clip range 1e-4, advantages up to 5. They differ in:
@@ -523,7 +526,21 @@ class MixGRPOConfig(TrainingArguments):
         must_be.check("name", name, must_be.choice(PRESETS))
         fields = [field.name for field in dataclasses.fields(cls) if field.init]
         must_be.check_names(overrides, fields, f"an argument of {cls.__name__}")
-        return cls(**(PRESETS[name] | overrides))
+        config = cls(**(PRESETS[name] | overrides))
+        config._of_papers_model = tuple(argument for argument in PAPERS_MODEL if argument not in overrides)
+        return config
+
+    def for_other_models(self) -> "MixGRPOConfig":
+        """
+        A copy in which the pipeline decides what [`from_preset`] has set for the papers' model alone: shift, guidance.
+
+        Values that were passed to [`from_preset`], or changed since, stay.
+        """
+        config = copy.copy(self)
+        for argument in self._of_papers_model:
+            if getattr(self, argument) == PAPERS_MODEL[argument]:
+                setattr(config, argument, None)
+        return config
 
     @property
     def batches_per_iteration(self) -> int:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from .core.advantages import normalize_weights
 from .mixgrpo_config import MixGRPOConfig
-from .policies import policy_class
+from .policies import PAPERS_PIPELINE, policy_class
 from .policies.adapters import check_peft_config
 from .policies.base import require_multiple
 from .policies.loading import check_source, load_pipeline
@@ -152,7 +152,7 @@ class MixGRPOTrainer(HubTrainer):
             check_dataset(name, part)
         is_first = args.process_index == 0
         self._opened = repository_of(args).open() if args.push_to_hub and is_first else None
-        check_source(model, args)
+        check_source(model, args, peft_config)
 
         # 2. The rewards
         kwargs = args.reward_init_kwargs if isinstance(args.reward_init_kwargs, dict) else {}
@@ -171,6 +171,8 @@ class MixGRPOTrainer(HubTrainer):
 
         # 3. The pipeline, whose transformer is the model to train
         self.pipe = load_pipeline(model, args, with_lora=peft_config is not None)
+        if type(self.pipe).__name__ != PAPERS_PIPELINE:
+            args = args.for_other_models()
         policy = policy_class(type(self.pipe).__name__)(
             self.pipe,
             height=args.height,

@@ -16,11 +16,13 @@ METHOD_NAMES = {
     "mixgrpo-flash-star": "MixGRPO-Flash*",
 }
 
+# What belongs to the papers' model. Pipelines of another class keep their own: `MixGRPOConfig.for_other_models`.
+PAPERS_MODEL: dict[str, Any] = {"shift": 3.0, "guidance_scale": 3.5}
+
 # Common to all: the comparison in the MixGRPO paper (arXiv 2507.21802) and its released scripts, on FLUX.1-dev.
 _PAPER: dict[str, Any] = {
+    **PAPERS_MODEL,
     "num_inference_steps": 25,
-    "shift": 3.0,
-    "guidance_scale": 3.5,
     "height": 720,
     "width": 720,
     "num_generations": 12,

@@ -12,7 +12,9 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -20,20 +22,27 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from helpers import build_pipeline
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Punctuation, Sequence, Split
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    LlavaProcessor,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
 )
+from transformers.utils import is_torchvision_available
 
 
 CHAT_TEMPLATE = (
@@ -64,6 +73,13 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.padding_side = "right"
     return fast
+
+
+def build_flux_schnell(seed: int = 0) -> FluxPipeline:
+    """FLUX.1-schnell: as FLUX.1-dev, but its transformer knows no guidance scale, and the timesteps have no shift."""
+    pipe = build_pipeline(seed, guidance_embeds=False)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
+    return pipe
 
 
 def build_sd3(seed: int = 0, dual_attention: bool = True) -> StableDiffusion3Pipeline:
@@ -203,6 +219,20 @@ def build_flux2_klein(seed: int = 0, is_distilled: bool = False) -> Flux2KleinPi
     """FLUX.2-klein: 64 packed tokens of 16. Its encoder has the 27 layers that the pipeline reads."""
     torch.manual_seed(seed)
     tokenizer = chat_tokenizer()
+    transformer, vae = flux2_models(guidance_embeds=False)
+    return quiet(
+        Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=vae,
+            text_encoder=Qwen3ForCausalLM(qwen3_config(len(tokenizer), layers=27)).eval(),
+            tokenizer=tokenizer,
+            transformer=transformer,
+            is_distilled=is_distilled,
+        )
+    )
+
+
+def flux2_models(guidance_embeds: bool) -> tuple[Flux2Transformer2DModel, AutoencoderKLFlux2]:
     transformer = Flux2Transformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -213,7 +243,7 @@ def build_flux2_klein(seed: int = 0, is_distilled: bool = False) -> Flux2KleinPi
         joint_attention_dim=48,
         timestep_guidance_channels=32,
         axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
     )
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 16),
@@ -228,16 +258,7 @@ def build_flux2_klein(seed: int = 0, is_distilled: bool = False) -> Flux2KleinPi
     )
     vae.bn.running_mean.normal_(0, 0.2)
     vae.bn.running_var.uniform_(0.5, 1.5)
-    return quiet(
-        Flux2KleinPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=vae.eval(),
-            text_encoder=Qwen3ForCausalLM(qwen3_config(len(tokenizer), layers=27)).eval(),
-            tokenizer=tokenizer,
-            transformer=transformer.eval(),
-            is_distilled=is_distilled,
-        )
-    )
+    return transformer.eval(), vae.eval()
 
 
 def qwen3_config(vocab_size: int, layers: int) -> Qwen3Config:
@@ -253,6 +274,68 @@ def qwen3_config(vocab_size: int, layers: int) -> Qwen3Config:
     )
 
 
+def build_flux2(seed: int = 1) -> Flux2Pipeline:  # of seed 0 a small LoRA hardly changes the images
+    """FLUX.2-dev: 64 packed tokens of 16. Its encoder has the 30 layers that the pipeline reads."""
+    torch.manual_seed(seed)
+    processor = mistral_processor()
+    layer = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 8}
+    config = Mistral3Config(
+        text_config={
+            "model_type": "mistral",
+            "vocab_size": len(processor.tokenizer),
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 2,
+            **layer,
+        },
+        vision_config={
+            "model_type": "pixtral",
+            "num_hidden_layers": 1,
+            "image_size": 28,
+            "patch_size": 14,
+            **layer,
+        },
+        image_token_index=processor.image_token_id,
+    )
+    transformer, vae = flux2_models(guidance_embeds=True)
+    return quiet(
+        Flux2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=vae,
+            text_encoder=Mistral3ForConditionalGeneration(config).eval(),
+            tokenizer=processor,
+            transformer=transformer,
+        )
+    )
+
+
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% set text = m['content'] | map(attribute='text') | join %}"
+    "{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]{% else %}[INST]{{ text }}[/INST]"
+    "{% endif %}{% endfor %}"
+)
+
+
+def mistral_processor() -> ProcessorMixin:
+    """
+    Reads FLUX.2-dev's system message as one token, and prompts letter by letter. It pads on the left, as Mistral's.
+
+    PixtralProcessor needs torchvision; without it, another processor of the same base class takes its place.
+    """
+    marks = ["<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    tokenizer = chat_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": marks[0], "additional_special_tokens": marks[1:]})
+    tokenizer.add_tokens([SYSTEM_MESSAGE])
+    tokenizer.padding_side = "left"
+    tokenizer.chat_template = None
+    if is_torchvision_available():
+        from transformers import PixtralImageProcessorPil, PixtralProcessor
+
+        return PixtralProcessor(PixtralImageProcessorPil(), tokenizer, chat_template=MISTRAL_TEMPLATE)
+    images = CLIPImageProcessorPil()
+    return LlavaProcessor(images, tokenizer, image_token="[IMG]", chat_template=MISTRAL_TEMPLATE)
+
+
 def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -260,6 +343,7 @@ def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 MINIATURES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux": build_pipeline,
+    "flux2": build_flux2,
     "flux2-klein": build_flux2_klein,
     "qwen-image": build_qwen_image,
     "stable-diffusion-3": build_sd3,

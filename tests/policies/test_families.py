@@ -7,30 +7,39 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
-from helpers import PROMPTS, assert_same, make_trainer, trained
-from miniatures import MINIATURES
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from helpers import PROMPTS, SMALL, assert_same, logged, make_trainer, redness, trained
+from miniatures import MINIATURES, build_flux_schnell
 from peft import LoraConfig
 
-from diffusers_mixgrpo import MixedODESDEScheduler, hybrid_inference, policy_class, sample_trajectories
+from diffusers_mixgrpo import (
+    MixedODESDEScheduler,
+    MixGRPOConfig,
+    MixGRPOTrainer,
+    hybrid_inference,
+    policy_class,
+    sample_trajectories,
+)
 from diffusers_mixgrpo.policies import FAMILIES, PipelinePolicy
+from diffusers_mixgrpo.policies.lora_targets import check_targets
 
 
 TEXTS = ["a cat", "two big dogs"]  # of different lengths
 SEEDS = [11, 12]
 SIZE = {"height": 32, "width": 48}
 STEPS = 5
-# Guidance scales without and with a second pass. The flux family has none.
-SCALES = {"flux": (0.0, 3.5), "flux2-klein": (1.0, 4.0), "qwen-image": (1.0, 4.0)}
+# Guidance scales without and with a second pass. These families never have one.
+DISTILLED = ("flux", "flux2", "flux-schnell")
+SCALES = {"flux": (0.0, 3.5), "flux2": (1.0, 4.0), "flux2-klein": (1.0, 4.0), "qwen-image": (1.0, 4.0)}
 SCALES |= {"stable-diffusion-3": (1.0, 7.0), "z-image": (0.0, 5.0)}
-CASES = [(name, scale) for name, scales in SCALES.items() for scale in scales]
+CASES = [(name, scale) for name, scales in SCALES.items() for scale in scales] + [("flux-schnell", 0.0)]
 FAMILY = pytest.mark.parametrize("family", MINIATURES)
 
 
 @functools.cache
 def shared(family: str) -> DiffusionPipeline:
     """The miniature pipeline of a family; tests must leave it as it is."""
-    return MINIATURES[family]()
+    return (MINIATURES | {"flux-schnell": build_flux_schnell})[family]()
 
 
 def copied(family: str) -> DiffusionPipeline:
@@ -81,7 +90,7 @@ def roll_out(policy, texts=TEXTS, group=1, start=0, size=0, **config):
 @pytest.mark.parametrize("family, scale", CASES)
 def test_a_rollout_without_a_window_is_the_stock_pipeline(family, scale, texts):
     policy = make_policy(shared(family), scale, texts)
-    assert policy.is_guided == (family != "flux" and scale == SCALES[family][1])
+    assert policy.is_guided == (family not in DISTILLED and scale == SCALES[family][1])
     trajectory = roll_out(policy, texts)
     latents = stock(policy, texts, "latent")
     if latents.shape == trajectory.latents.shape:  # not where the pipeline returns them unpacked
@@ -129,17 +138,19 @@ def test_the_ratio_is_one_before_the_first_update(family, sde_type, places):
 @FAMILY
 def test_a_prompt_is_the_same_in_each_batch(family):
     policy = make_policy(shared(family), SCALES[family][1], length=30)
-    together, alone = policy.encode(TEXTS), policy.encode(TEXTS[1:])
-    for name, rows in together.rows.items():
-        torch.testing.assert_close(rows[1:], alone.rows[name], rtol=1e-5, atol=1e-5)
-    for name, tensor in together.shared.items():
-        assert torch.equal(tensor, alone.shared[name])
+    together = policy.encode(TEXTS)
+    for i, text in enumerate(TEXTS):
+        alone = policy.encode([text])
+        for name, rows in together.rows.items():
+            torch.testing.assert_close(rows[i : i + 1], alone.rows[name], rtol=1e-5, atol=1e-5)
+        for name, tensor in together.shared.items():
+            assert torch.equal(tensor, alone.shared[name])
 
 
 # ---- Guidance ----
 
 
-@pytest.mark.parametrize("family", [name for name in MINIATURES if name != "flux"])
+@pytest.mark.parametrize("family", [name for name in MINIATURES if name not in DISTILLED])
 @torch.no_grad()
 def test_guidance_is_a_second_pass_only_where_it_is_on(family):
     pipe = shared(family)
@@ -158,6 +169,14 @@ def test_guidance_is_a_second_pass_only_where_it_is_on(family):
         hook.remove()
 
 
+@pytest.mark.parametrize("family", ["flux2-klein", "stable-diffusion-3", "z-image"])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 1.5])
+def test_guidance_is_on_where_the_stock_pipeline_says_so(family, scale):
+    pipe = shared(family)
+    pipe._guidance_scale = scale  # as in its `__call__`
+    assert make_policy(pipe, scale).is_guided == pipe.do_classifier_free_guidance
+
+
 @pytest.mark.parametrize("family", ["qwen-image", "stable-diffusion-3", "z-image"])
 @torch.no_grad()
 def test_a_negative_prompt(family):
@@ -172,11 +191,24 @@ def test_a_negative_prompt(family):
     assert other.with_sampling(height=48).negative_prompt == "ugly red"
 
 
-@pytest.mark.parametrize("family", ["flux", "flux2-klein"])
+@pytest.mark.parametrize("family", ["flux", "flux2", "flux2-klein"])
 def test_pipelines_without_a_negative_prompt_refuse_one(family):
     pipe = shared(family)
     with pytest.raises(ValueError, match=f"`negative_prompt` must be None for a {type(pipe).__name__}, .*got 'ugly'"):
         policy_class(type(pipe).__name__)(pipe, negative_prompt="ugly")
+
+
+def test_the_steps_of_flux_schnell_are_even_and_train(tmp_path):
+    """Without a shift, and with what its card says: four steps, no guidance."""
+    pipe = build_flux_schnell()
+    changes = {"num_inference_steps": 4, "window_size": 1, "sde_type": "cps", "guidance_scale": 0.0, "max_steps": 2}
+    trainer = make_trainer(tmp_path, pipe=pipe, **changes)
+    trainer.train()
+    assert trainer.rollout.trajectory.transitions.timesteps.tolist() == [1000]
+    policy = trainer.engine.policy
+    policy.prepare_scheduler(trainer.engine.scheduler)
+    assert trainer.engine.scheduler.timesteps.tolist() == [1000, 750, 500, 250]
+    assert max(logged(trainer, "ratio/on_policy_max_deviation")) <= 1e-5
 
 
 def test_a_distilled_klein_is_not_guided():
@@ -193,6 +225,14 @@ def test_sd3_without_its_t5_encoder():
     pipe = type(shared("stable-diffusion-3"))(**parts | {"text_encoder_3": None, "tokenizer_3": None})
     pipe.set_progress_bar_config(disable=True)
     policy = make_policy(pipe, 7.0)
+    assert torch.equal(roll_out(policy).latents, stock(policy, TEXTS, "latent"))
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion-3", "z-image"])
+def test_a_dynamic_shift_where_the_published_models_have_none(family):
+    pipe = copied(family)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    policy = make_policy(pipe, SCALES[family][0])
     assert torch.equal(roll_out(policy).latents, stock(policy, TEXTS, "latent"))
 
 
@@ -270,11 +310,15 @@ def test_the_options_of_a_run(family, tmp_path):
 
 @FAMILY
 def test_lora_targets_exist(family):
-    policy = policy_class(type(shared(family)).__name__)
-    names = [name for name, _ in shared(family).transformer.named_modules()]
-    for target in policy.lora_target_modules:
-        assert any(name.endswith(f".{target}") for name in names), target
-    copied(family).transformer.add_adapter(LoraConfig(target_modules=list(policy.lora_target_modules)))
+    """Each of them names layers of the transformer, of the miniature and of one in full size."""
+    targets = list(policy_class(type(shared(family)).__name__).lora_target_modules)
+    with torch.device("meta"):
+        full_size = type(shared(family).transformer)()
+    for transformer in (shared(family).transformer, full_size):
+        check_targets(transformer, LoraConfig(target_modules=targets), [])
+        with pytest.raises(ValueError, match="got 'attn.to_nothing', which no layer has"):
+            check_targets(transformer, LoraConfig(target_modules=[*targets, "attn.to_nothing"]), [])
+    copied(family).transformer.add_adapter(LoraConfig(target_modules=targets))
 
 
 @FAMILY
@@ -287,6 +331,33 @@ def test_defaults_are_those_of_the_pipelines_call(family):
     assert ("negative_prompt" in defaults) == (policy.default_negative_prompt is not None) or family == "flux"
 
 
+@FAMILY
+def test_the_licenses_of_base_models_are_their_own(family):
+    for repository, entries in policy_class(type(shared(family)).__name__).licenses.items():
+        if entries["license"] == "other":  # the Hub then wants a name and a link
+            assert entries.keys() == {"license", "license_name", "license_link"}
+            assert entries["license_link"].startswith(f"https://huggingface.co/{repository}/blob/main/LICENSE")
+        else:
+            assert entries == {"license": "apache-2.0"}
+
+
+@FAMILY
+def test_a_preset_leaves_shift_and_guidance_to_the_family(family, tmp_path):
+    """Those of the presets are for the papers' model, FLUX.1."""
+    settings = MixGRPOConfig.from_preset("mixgrpo", output_dir=str(tmp_path), **SMALL)
+    trainer = MixGRPOTrainer(copied(family), redness, settings, PROMPTS, peft_config=LoraConfig(r=4))
+    policy, scheduler = trainer.engine.policy, trainer.engine.scheduler
+    assert (settings.shift, settings.guidance_scale) == (3.0, 3.5)
+    assert trainer.args.sde_type == "flow" and trainer.args.epsilon == SMALL["epsilon"]
+    if family == "flux":
+        assert trainer.args is settings and policy.guidance_scale == 3.5
+        assert scheduler.config.shift == 3.0 and not scheduler.config.use_dynamic_shifting
+    else:
+        assert policy.guidance_scale == policy.default_guidance_scale
+        for name in ("shift", "use_dynamic_shifting"):
+            assert scheduler.config[name] == policy.pipe.scheduler.config[name]
+
+
 def test_every_family_is_tested():
     tested = {type(shared(family)).__name__ for family in MINIATURES}
-    assert tested == set(FAMILIES) - {"Flux2Pipeline"}
+    assert tested == set(FAMILIES)

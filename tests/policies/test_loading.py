@@ -15,7 +15,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
 )
-from helpers import logged, make_trainer, small_config, trained
+from helpers import build_pipeline, logged, make_trainer, small_config, trained
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -144,6 +145,27 @@ def test_another_family_loaded_by_the_wrong_class(tmp_path, sd3_folder):
     )
     with pytest.raises(TypeError, match=message):
         make_trainer(tmp_path, pipe=pipe, rewards="no_such_module:reward")
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_the_layers_of_a_lora(tmp_path, pipeline_folder, shared_pipe, no_weights, is_loaded):
+    """Before rewards and weights are loaded, from the configuration of the transformer."""
+    lora = LoraConfig(target_modules=["attn.to_q", "attn.to_qq"])
+    pipe = shared_pipe if is_loaded else pipeline_folder
+    with pytest.raises(ValueError, match=r"`peft_config.target_modules` .* got 'attn.to_qq', .*Did you mean 'attn.to"):
+        make_trainer(tmp_path, pipe=pipe, lora=lora, rewards="no_such_module:reward")
+    state = torch.get_rng_state()
+    check_source(pipe, small_config(tmp_path), LoraConfig(target_modules=["attn.to_q", "proj_mlp"]))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_layers_of_a_lora_for_a_transformer_that_is_passed(tmp_path, pipeline_folder, no_weights):
+    transformer = build_pipeline().transformer
+    transformer.extra = torch.nn.Linear(2, 2)
+    lora = LoraConfig(target_modules=["extra"])
+    check_source(pipeline_folder, small_config(tmp_path, model_init_kwargs={"transformer": transformer}), lora)
+    with pytest.raises(ValueError, match="got 'extra', which no layer has"):
+        check_source(pipeline_folder, small_config(tmp_path), lora)
 
 
 def test_parts_that_are_left_out(tmp_path, pipeline_folder, no_weights):

@@ -178,6 +178,9 @@ def test_the_license_of_the_base(tmp_path):
     data = card(tmp_path).data
     assert (data.license, data.license_name) == ("other", "flux-1-dev-non-commercial-license")
     assert data.license_link == f"https://huggingface.co/{HUB_MODEL}/blob/main/LICENSE.md"
+    krea = card(tmp_path, base_model="black-forest-labs/FLUX.1-Krea-dev").data
+    assert (krea.license, krea.license_name) == (data.license, data.license_name)
+    assert krea.license_link == "https://huggingface.co/black-forest-labs/FLUX.1-Krea-dev/blob/main/LICENSE.md"
     assert card(tmp_path, base_model="black-forest-labs/FLUX.1-schnell").data.license == "apache-2.0"
     assert card(tmp_path, base_model="someone/flux").data.license is None
 

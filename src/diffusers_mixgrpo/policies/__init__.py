@@ -18,6 +18,8 @@ FAMILIES = {
     "StableDiffusion3Pipeline": ("stable_diffusion_3", "StableDiffusion3Policy"),
     "ZImagePipeline": ("z_image", "ZImagePolicy"),
 }
+# The pipeline of the papers, whose shift and guidance the presets have
+PAPERS_PIPELINE = "FluxPipeline"
 
 
 def policy_class(pipeline_class: str) -> type[PipelinePolicy]:

@@ -25,8 +25,8 @@ class FluxPolicy(PackedPolicy):
     """
     A [`~diffusers.FluxPipeline`] as a policy, with the arguments of [`PipelinePolicy`].
 
-    Its latents are packed, of shape `(B, L, C)`. The guidance scale is an input of a guidance-distilled transformer;
-    without `guidance_embeds` it has no effect.
+    Its latents are packed, of shape `(B, L, C)`. The guidance scale is an input of a guidance-distilled transformer
+    (FLUX.1-dev, FLUX.1-Krea-dev); without `guidance_embeds` (FLUX.1-schnell) it has no effect.
     """
 
     family = "flux"

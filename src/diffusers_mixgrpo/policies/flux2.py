@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ..core.policy import Conditioning
 from .base import PackedPolicy
@@ -20,16 +21,20 @@ class Flux2Policy(PackedPolicy):
     A [`~diffusers.Flux2Pipeline`], FLUX.2-dev, as a policy, with the arguments of [`PipelinePolicy`].
 
     Its latents are packed, of shape `(B, L, C)`. The guidance scale is an input of the transformer. The timestep shift
-    depends on the image size and on the number of denoising steps.
+    depends on the image size and on the number of denoising steps. `max_sequence_length` includes the tokens of the
+    pipeline's system message, and what is left is padded.
     """
 
     family = "flux2"
     pipeline_class = Flux2Pipeline
     licenses = {
-        "black-forest-labs/FLUX.2-dev": {
-            "license": "other",
-            "license_name": "flux-dev-non-commercial-license",
-            "license_link": "https://huggingface.co/black-forest-labs/FLUX.2-dev/blob/main/LICENSE.txt",
+        **{
+            f"black-forest-labs/FLUX.2-{name}": {
+                "license": "other",
+                "license_name": "flux-non-commercial-license",
+                "license_link": f"https://huggingface.co/black-forest-labs/FLUX.2-{name}/blob/main/LICENSE.md",
+            }
+            for name in ("dev", "klein-9B", "klein-base-9B")
         },
         "black-forest-labs/FLUX.2-klein-4B": {"license": "apache-2.0"},
         "black-forest-labs/FLUX.2-klein-base-4B": {"license": "apache-2.0"},
@@ -52,6 +57,11 @@ class Flux2Policy(PackedPolicy):
     )
 
     _kept_latent_ids: Tensor | None = None
+
+    @property
+    def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        # FLUX.2-dev has a processor, of images too, around it.
+        return {name: getattr(part, "tokenizer", part) for name, part in super().tokenizers.items()}
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> Conditioning:
@@ -121,8 +131,7 @@ class Flux2Policy(PackedPolicy):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae
-        ids = self._latent_ids(latents.device).expand(len(latents), -1, -1)
-        latents = self.pipe._unpack_latents_with_ids(latents, ids, *self._patches)
+        latents = latents.transpose(1, 2).unflatten(2, self._patches)
         mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents)
         std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(latents)
         latents = self.pipe._unpatchify_latents(latents * std + mean)

@@ -4,13 +4,14 @@ import contextlib
 import inspect
 import os
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as DIFFUSERS_CONFIGS
+from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as TRANSFORMERS_CONFIGS
 from transformers.utils.logging import set_tqdm_hook
@@ -19,6 +20,7 @@ from ..core.scheduler_configs import flow_matching_config
 from ..mixgrpo_config import MixGRPOConfig
 from . import FAMILIES, policy_class
 from .base import require_all_parts
+from .lora_targets import check_targets
 
 
 # Arguments of `from_pretrained` that also say where the pipeline's configuration is
@@ -30,21 +32,26 @@ NO_FULL_FINE_TUNING = (
 )
 
 
-def check_source(model: DiffusionPipeline | str | os.PathLike, settings: MixGRPOConfig) -> None:
+def check_source(
+    model: DiffusionPipeline | str | os.PathLike, settings: MixGRPOConfig, peft_config: PeftConfig | None = None
+) -> None:
     """
     Check that a pipeline can be trained, from its small files alone if it is not loaded yet.
 
     Args:
         model ([`~diffusers.DiffusionPipeline`] or `str` or `os.PathLike`): As in [`load_pipeline`].
         settings ([`MixGRPOConfig`]): The configuration.
+        peft_config ([`~peft.LoraConfig`], *optional*): The LoRA that its transformer will get.
 
     Raises:
         `FileNotFoundError`: If there is no such folder or repository, or it cannot be read.
         `TypeError`: If the pipeline's family is not supported, or its transformer is one of another family.
-        `ValueError`: If one of its models is left out, or its scheduler is not one of flow matching.
+        `ValueError`: If one of its models is left out, its scheduler is not one of flow matching, or the LoRA names
+            layers that the transformer does not have.
     """
     if not isinstance(model, (str, os.PathLike)):
         _check_loaded(model)
+        _check_lora(model.transformer, peft_config, policy_class(type(model).__name__).lora_target_modules)
         return
     name = os.path.expanduser(os.fspath(model))
     init_kwargs, hub_kwargs = _init_kwargs(settings)
@@ -60,6 +67,25 @@ def check_source(model: DiffusionPipeline | str | os.PathLike, settings: MixGRPO
         except OSError as error:
             raise _not_loaded(name, error) from error
         flow_matching_config(scheduler)
+    if peft_config is not None:
+        transformer = init_kwargs.get("transformer") or _skeleton(name, pipeline_class, hub_kwargs)
+        _check_lora(transformer, peft_config, policy.lora_target_modules)
+
+
+def _check_lora(transformer: nn.Module, peft_config: PeftConfig | None, own_targets: Sequence[str]) -> None:
+    if isinstance(peft_config, LoraConfig) and not hasattr(transformer, "peft_config"):
+        check_targets(getattr(transformer, "_orig_mod", transformer), peft_config, own_targets)
+
+
+def _skeleton(name: str, pipeline_class: type[DiffusionPipeline], hub_kwargs: dict[str, Any]) -> nn.Module:
+    """A pipeline's transformer without its weights, from its configuration alone."""
+    kind = pipeline_class._get_signature_types()["transformer"][0]
+    try:
+        config = kind.load_config(name, subfolder="transformer", **hub_kwargs)
+    except OSError as error:
+        raise _not_loaded(name, error) from error
+    with torch.device("meta"):
+        return kind.from_config({key: value for key, value in config.items() if key != "quantization_config"})
 
 
 def _check_loaded(pipe: DiffusionPipeline) -> None:

@@ -33,6 +33,11 @@ class StableDiffusion3Policy(PipelinePolicy):
         }
         for size in ("medium", "large", "large-turbo")
     }
+    licenses["stabilityai/stable-diffusion-3-medium-diffusers"] = {
+        "license": "other",
+        "license_name": "stabilityai-nc-research-community",
+        "license_link": "https://huggingface.co/stabilityai/stable-diffusion-3-medium-diffusers/blob/main/LICENSE",
+    }
     longest_sequence = 512
     default_sequence_length = 256
     default_guidance_scale = 7.0
