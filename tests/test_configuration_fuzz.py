@@ -37,7 +37,7 @@ BETA = (0, 0.5, 0.9, 0.999, 1, 1.0)
 
 # Values that are legal, or nearly: small enough to train
 PLAUSIBLE: dict[str, tuple[Any, ...]] = {
-    "height": (16, 32, 8, 30),
+    "height": (16, 32, 8, 30, None),
     "width": (16, 32, 8, 30),
     "num_inference_steps": (2, 3, 4, 5, 6),
     "guidance_scale": (None, 0, 1, 3.5, 1000.0, -1.0, 1e5),

@@ -56,7 +56,7 @@ def test_the_preset_is_the_papers_and_the_defaults_differ_where_documented(tmp_p
     recommended = {"sde_type": "cps", "eta": 0.5, "scale_rewards": "batch", "step_weighting": "rectified"}
     recommended["lr_scheduler_type"] = "linear"
     default = make(tmp_path)
-    recommended["guidance_scale"] = None  # that of the pipeline: for FLUX.1 the published one
+    recommended |= dict.fromkeys(("height", "width", "guidance_scale"))  # those of the pipeline
     assert {name: getattr(default, name) for name in published} == published | recommended
     assert config.optimizer_steps_per_iteration == 4
     assert config.prompts_per_iteration == 1
@@ -92,8 +92,6 @@ def test_batch_arithmetic(tmp_path, batch, accumulation, per_generation, passes,
 NAN = math.nan
 INF = math.inf
 COUNTS = (
-    "height",
-    "width",
     "num_inference_steps",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -113,6 +111,8 @@ OPTIONAL_COUNTS = (
     "decode_batch_size",
     "replay_batch_size",
     "eval_num_inference_steps",
+    "height",
+    "width",
     "eval_height",
     "eval_width",
     "replay_top_k",
@@ -509,7 +509,7 @@ def test_the_recipes_of_the_documentation_are_configurations(tmp_path):
     assert len(recipes) == 4 and "pretrained_model_name_or_path" in common
     names = {field.name for field in dataclasses.fields(MixGRPOConfig)}
     of_the_script = {"pretrained_model_name_or_path", "reward_funcs", "dataset_name", "lora_rank", "lora_alpha"}
-    for recipe in [cache, options, *(common | recipe for recipe in recipes)]:
+    for recipe in [common | cache, common | options, *(common | recipe for recipe in recipes)]:
         assert set(recipe) <= names | of_the_script
         config = make(tmp_path, **{key: value for key, value in recipe.items() if key in names - {"output_dir"}})
         elements = config.height * config.width // 4
@@ -553,16 +553,16 @@ def test_what_a_preset_leaves_to_pipelines_of_other_models(tmp_path):
         for name, value in (changes or {}).items():
             setattr(config, name, value)
         other = config.for_other_models()
-        same = {field.name for field in dataclasses.fields(config)} - {"shift", "guidance_scale"}
+        same = {field.name for field in dataclasses.fields(config)} - {"height", "width", "shift", "guidance_scale"}
         assert all(getattr(other, name) == getattr(config, name) for name in same)
-        return other.shift, other.guidance_scale
+        return other.height, other.width, other.shift, other.guidance_scale
 
-    assert left() == (None, None)
-    assert left(shift=3.0, guidance_scale=3.5) == (3.0, 3.5)  # as passed
-    assert left(guidance_scale=7.0) == (None, 7.0)
-    assert left({"shift": 2.0}) == (2.0, None)
-    plain = make(tmp_path, shift=3.0, guidance_scale=3.5).for_other_models()
-    assert (plain.shift, plain.guidance_scale) == (3.0, 3.5)
+    assert left() == (None, None, None, None)
+    assert left(shift=3.0, guidance_scale=3.5) == (None, None, 3.0, 3.5)  # as passed
+    assert left(height=512, guidance_scale=7.0) == (512, None, None, 7.0)
+    assert left({"shift": 2.0}) == (None, None, 2.0, None)
+    plain = make(tmp_path, height=720, shift=3.0, guidance_scale=3.5).for_other_models()
+    assert (plain.height, plain.shift, plain.guidance_scale) == (720, 3.0, 3.5)
 
 
 def test_an_unknown_preset():

@@ -55,8 +55,8 @@ def config_rules(cls: type[TrainingArguments]) -> dict[str, must_be.Rule]:
         cls,
         **{name: rule for name, rule in (newer | _without_effect()).items() if name in fields},
         # The sampler
-        height=image_side,
-        width=image_side,
+        height=optional(image_side),
+        width=optional(image_side),
         num_inference_steps=integer(2, 1000),
         guidance_scale=optional(number(0, 1000)),
         max_sequence_length=optional(count),

@@ -59,10 +59,11 @@ class MixGRPOConfig(TrainingArguments):
     Args:
         > Arguments of the sampler
 
-        height (`int`, defaults to 720):
-            Height of the training images in pixels.
-        width (`int`, defaults to 720):
-            Width of the training images in pixels.
+        height (`int`, *optional*):
+            Height of the training images in pixels. Defaults to the pipeline's own default, such as 1024 of FLUX.1;
+            the papers train it at 720.
+        width (`int`, *optional*):
+            Width of the training images in pixels. Defaults to the pipeline's own default.
         num_inference_steps (`int`, defaults to 25):
             Sampling steps `T`.
         guidance_scale (`float`, *optional*):
@@ -305,8 +306,13 @@ class MixGRPOConfig(TrainingArguments):
     )
 
     # The sampler
-    height: int = field(default=720, metadata={"help": "Height of the training images in pixels."})
-    width: int = field(default=720, metadata={"help": "Width of the training images in pixels."})
+    height: int | None = field(
+        default=None,
+        metadata={"help": "Height of the training images in pixels. The pipeline's own default if unset."},
+    )
+    width: int | None = field(
+        default=None, metadata={"help": "Width of the training images in pixels. The pipeline's own default if unset."}
+    )
     num_inference_steps: int = field(default=25, metadata={"help": "Sampling steps T."})
     guidance_scale: float | None = field(
         default=None,
@@ -502,7 +508,8 @@ class MixGRPOConfig(TrainingArguments):
         """
         The configuration of a published method, for full fine-tuning of the papers' model at 720x720.
 
-        With a pipeline of another family, the trainer samples with the shift and the guidance of that pipeline.
+        With a pipeline of another family, the trainer takes the image size, the shift and the guidance of that
+        pipeline.
 
         All share the setting of the comparison in the MixGRPO paper (arXiv 2507.21802, and its released scripts): 25
         steps, static shift 3, guidance 3.5, groups of 12 images, 4 optimizer steps an iteration for 300 iterations,
@@ -532,7 +539,8 @@ class MixGRPOConfig(TrainingArguments):
 
     def for_other_models(self) -> "MixGRPOConfig":
         """
-        A copy in which the pipeline decides what [`from_preset`] has set for the papers' model alone: shift, guidance.
+        A copy in which the pipeline decides what [`from_preset`] has set for the papers' model alone: image size,
+        shift and guidance.
 
         Values that were passed to [`from_preset`], or changed since, stay.
         """

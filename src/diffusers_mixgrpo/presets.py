@@ -17,14 +17,12 @@ METHOD_NAMES = {
 }
 
 # What belongs to the papers' model. Pipelines of another class keep their own: `MixGRPOConfig.for_other_models`.
-PAPERS_MODEL: dict[str, Any] = {"shift": 3.0, "guidance_scale": 3.5}
+PAPERS_MODEL: dict[str, Any] = {"height": 720, "width": 720, "shift": 3.0, "guidance_scale": 3.5}
 
 # Common to all: the comparison in the MixGRPO paper (arXiv 2507.21802) and its released scripts, on FLUX.1-dev.
 _PAPER: dict[str, Any] = {
     **PAPERS_MODEL,
     "num_inference_steps": 25,
-    "height": 720,
-    "width": 720,
     "num_generations": 12,
     "per_device_train_batch_size": 3,
     "steps_per_generation": 4,
