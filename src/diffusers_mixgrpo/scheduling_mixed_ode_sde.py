@@ -57,7 +57,7 @@ _SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 _MU = optional(number(-2.3, 4.6))
 
 SCHEDULER_RULES = {
-    "num_train_timesteps": integer(2, 10_000),
+    "num_train_timesteps": integer(1, 10_000),
     "shift": number(0.1, 100),
     "use_dynamic_shifting": SWITCH,
     "base_shift": _MU,
