@@ -25,4 +25,4 @@ def tensors(value: Any) -> list[torch.Tensor]:
         return [value]
     if isinstance(value, np.ndarray | Image.Image):
         return [torch.from_numpy(np.array(value))]
-    return [tensor for item in value or [] for tensor in tensors(item)]
+    return [tensor for item in value for tensor in tensors(item)] if isinstance(value, list | tuple) else []

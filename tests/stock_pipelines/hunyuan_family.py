@@ -11,6 +11,7 @@ from diffusers import (
     AutoencoderKLMagvit,
     AutoencoderKLMochi,
     EasyAnimateTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
     HunyuanImageTransformer2DModel,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoFramepackTransformer3DModel,
@@ -245,7 +246,8 @@ def mochi() -> Case:
     )
     text = {"prompt_embeds": embeds(1, 16, 32), "negative_prompt_embeds": embeds(1, 16, 32, seed=2)}
     masks = {name: torch.ones(1, 16, dtype=torch.bool) for name in MASKS}
-    parts = {"transformer": transformer, "vae": vae}
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    parts = {"transformer": transformer, "vae": vae, "scheduler": scheduler}
     return case("MochiPipeline", parts, **text, **masks, **SIZE, num_frames=7)
 
 

@@ -25,8 +25,8 @@ from diffusers import (
     SanaTransformer2DModel,
 )
 from parts import SIZE, Case, case, deep_compression_vae, embeds, flux_parts, image_vae, mask, ones, picture, wan_vae
-from policies.miniatures import build_flux2_klein, chat_tokenizer
-from transformers import SmolLM3Config, SmolLM3ForCausalLM
+from policies.miniatures import build_flux2_klein, build_qwen_image, chat_tokenizer
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, SmolLM3Config, SmolLM3ForCausalLM
 
 
 MASK = {"prompt_attention_mask": ones(1, 4)}
@@ -198,19 +198,82 @@ def ernie() -> Case:
     return case("ErnieImagePipeline", parts, **words, height=32, width=32)
 
 
-def longcat(name: str, **arguments: Any) -> Case:
+def longcat() -> Case:
+    """Counts its prompts, and so cannot do without them."""
     torch.manual_seed(0)
     transformer = LongCatImageTransformer2DModel(
-        in_channels=16,
+        in_channels=64,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
         axes_dims_rope=[4, 4, 8],
     )
-    return case(name, {"transformer": transformer, "vae": image_vae()}, **text(32), **arguments)
+    parts = {"transformer": transformer, "vae": image_vae(16), "text_encoder": build_qwen_image().text_encoder}
+    options = {"prompt": "a cat", "enable_prompt_rewrite": False, "guidance_scale": 1.0}
+    return case("LongCatImagePipeline", parts | {"tokenizer": chat_tokenizer()}, **options, **SIZE)
+
+
+def qwen3_vl(vocab_size: int, layers: int = 1) -> Qwen3VLForConditionalGeneration:
+    size = {"hidden_size": 16, "intermediate_size": 16}
+    text_config = {"num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    text_config |= {"rope_parameters": {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 1e4}}
+    vision_config = size | {"depth": 1, "num_heads": 2, "out_hidden_size": 16, "deepstack_visual_indexes": [0]}
+    return Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(text_config=text_config | size | {"vocab_size": vocab_size}, vision_config=vision_config)
+    )
+
+
+def ideogram4() -> Case:
+    """Reads 13 layers of its encoder, up to the 36th."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "adaln_dim": 16,
+        "llm_features_dim": 13 * 16,
+        "rope_theta": 10_000,
+        "mrope_section": (4, 2, 2),
+    }
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}"
+    parts = {
+        "transformer": Ideogram4Transformer2DModel(**options),
+        "unconditional_transformer": Ideogram4Transformer2DModel(**options),
+        "vae": build_flux2_klein().vae,
+        "text_encoder": qwen3_vl(len(tokenizer), layers=36).model,
+        "tokenizer": tokenizer,
+    }
+    options = {"prompt": "a cat", "guidance_scale": 2.0, "guidance_schedule": None, "max_sequence_length": 8}
+    return case("Ideogram4Pipeline", parts, **options, **SIZE)
+
+
+def dream_lite(name: str) -> Case:
+    torch.manual_seed(0)
+    unet = DreamLiteUNetModel(
+        sample_size=8,
+        down_block_types=("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"),
+        up_block_types=("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"),
+        block_out_channels=(16, 32),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        layers_per_block=1,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    tokenizer = chat_tokenizer()
+    parts = {"unet": unet, "vae": vae, "tokenizer": tokenizer, "text_encoder": qwen3_vl(len(tokenizer))}
+    return case(name, parts, prompt="a cat", max_sequence_length=16, **SIZE)
 
 
 def lumina() -> Case:
@@ -316,8 +379,10 @@ PIPELINES = {
     "GlmImagePipeline": glm,
     "HiDreamImagePipeline": hidream,
     "ErnieImagePipeline": ernie,
-    "LongCatImagePipeline": partial(longcat, "LongCatImagePipeline", **SIZE, enable_prompt_rewrite=False),
-    "LongCatImageEditPipeline": partial(longcat, "LongCatImageEditPipeline", image=picture()),
+    "LongCatImagePipeline": longcat,
+    "Ideogram4Pipeline": ideogram4,
+    "DreamLitePipeline": partial(dream_lite, "DreamLitePipeline"),
+    "DreamLiteMobilePipeline": partial(dream_lite, "DreamLiteMobilePipeline"),
     "LuminaPipeline": lumina,
     "Lumina2Pipeline": lumina2,
     "OvisImagePipeline": ovis,

@@ -79,6 +79,7 @@ def ltx2(name: str, **arguments: Any) -> Case:
         caption_channels=8,
         rope_double_precision=False,
         rope_type="split",
+        use_keyframes_abs_pos_embedding=name == "LTX2DFRPipeline",
     )
     connectors = LTX2TextConnectors(
         caption_channels=8,
@@ -159,7 +160,7 @@ PIPELINES = {
     "LTXConditionPipeline": partial(ltx, "LTXConditionPipeline", image=picture(32)),
     "LTXI2VLongMultiPromptPipeline": partial(ltx, "LTXI2VLongMultiPromptPipeline", cond_image=picture(32)),
     "LTX2Pipeline": partial(ltx2, "LTX2Pipeline", **AUDIO),
-    "LTX2ImageToVideoPipeline": partial(ltx2, "LTX2ImageToVideoPipeline", image=picture(32), **AUDIO),
+    "LTX2ImageToVideoPipeline": partial(ltx2, "LTX2ImageToVideoPipeline", image=picture(32), image_crf=0, **AUDIO),
     "LTX2ConditionPipeline": partial(ltx2, "LTX2ConditionPipeline", **CONDITION, **AUDIO),
     "LTX2InContextPipeline": partial(ltx2, "LTX2InContextPipeline", **CONDITION, **AUDIO),
     "LTX2HDRPipeline": partial(

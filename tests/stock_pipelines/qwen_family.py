@@ -116,6 +116,7 @@ PIPELINES = {
         layers=2,
         resolution=640,
         prompt="a cat",
+        output_type="pt",
         vae={"channels": 4, "levels": 6, "z_dim": 8},
     ),
     "Krea2Pipeline": krea2,

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from diffusers import (
     ChronoEditTransformer3DModel,
-    JoyImageEditPlusTransformer3DModel,
     JoyImageEditTransformer3DModel,
     MotifVideoTransformer3DModel,
     SanaVideoTransformer3DModel,
@@ -64,9 +63,9 @@ def sana_video(name: str, **arguments: Any) -> Case:
     return case(name, {"transformer": transformer, "vae": wan_vae()}, **TEXT, **masks, **options, **arguments)
 
 
-def joy(name: str, transformer: type, **arguments: Any) -> Case:
+def joy() -> Case:
     torch.manual_seed(0)
-    model = transformer(
+    transformer = JoyImageEditTransformer3DModel(
         patch_size=[1, 2, 2],
         in_channels=16,
         hidden_size=32,
@@ -77,8 +76,9 @@ def joy(name: str, transformer: type, **arguments: Any) -> Case:
         theta=256,
     )
     text = {"prompt_embeds": embeds(1, 4, 16), "prompt_embeds_mask": ones(1, 4)}
-    parts = {"transformer": model, "vae": wan_vae(levels=6), "text_token_max_length": 16}  # for a million pixels
-    return case(name, parts, height=32, width=32, guidance_scale=1.0, **text, **arguments)
+    parts = {"transformer": transformer, "vae": wan_vae(levels=6), "text_token_max_length": 16}  # for a million pixels
+    size = {"height": 64, "width": 64, "guidance_scale": 1.0}
+    return case("JoyImageEditPipeline", parts, image=picture(32), **size, **text)
 
 
 def motif(name: str, **arguments: Any) -> Case:
@@ -153,10 +153,7 @@ PIPELINES = {
     ),
     "SanaVideoPipeline": partial(sana_video, "SanaVideoPipeline"),
     "SanaImageToVideoPipeline": partial(sana_video, "SanaImageToVideoPipeline", image=picture(32)),
-    "JoyImageEditPipeline": partial(joy, "JoyImageEditPipeline", JoyImageEditTransformer3DModel, image=picture(32)),
-    "JoyImageEditPlusPipeline": partial(
-        joy, "JoyImageEditPlusPipeline", JoyImageEditPlusTransformer3DModel, images=[picture(32)], prompt="a cat"
-    ),
+    "JoyImageEditPipeline": joy,
     "MotifVideoPipeline": partial(motif, "MotifVideoPipeline"),
     "MotifVideoImage2VideoPipeline": partial(motif, "MotifVideoImage2VideoPipeline", image=picture(), prompt=None),
 }
