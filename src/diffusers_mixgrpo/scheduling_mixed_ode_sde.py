@@ -614,8 +614,8 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
             config.ode_solver != "euler" or config.use_flow_sigmas or min(config.prefix_ratio, config.suffix_ratio) < 1
         ):
             raise ValueError(
-                "`invert_sigmas` must be False with another solver than 'euler', `use_flow_sigmas`, and `prefix_ratio` "
-                "or `suffix_ratio` below 1, got True."
+                "`invert_sigmas` must be False with another solver than 'euler', `use_flow_sigmas`, or `prefix_ratio` or "
+                "`suffix_ratio` below 1, got True."
             )
         spacings = [name for name in _SPACINGS if config[name]]
         if len(spacings) > 1:

@@ -17,11 +17,13 @@ from diffusers import (
     HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoTransformer3DModel,
     Kandinsky5Transformer3DModel,
+    Kandinsky6SRTransformer3DModel,
+    Kandinsky6SRVAE,
     Kandinsky6Transformer3DModel,
     MochiTransformer3DModel,
 )
 from diffusers.guiders import ClassifierFreeGuidance
-from parts import SIZE, Case, case, embeds, hunyuan_video_vae, image_vae, mask, ones, picture
+from parts import SIZE, Case, case, embeds, hunyuan_video_vae, image_vae, ones, picture
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 
@@ -191,6 +193,29 @@ def kandinsky6() -> Case:
     return case("Kandinsky6TI2VAPipeline", parts, **text, **VIDEO, sample_audio=False)
 
 
+def kandinsky6_sr() -> Case:
+    """Twice as large, in one tile."""
+    torch.manual_seed(0)
+    transformer = Kandinsky6SRTransformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=32,
+        num_visual_blocks=1,
+        axes_dims=(8, 4, 4),
+        tile_sizes=((128, 128),),
+    )
+    vae = Kandinsky6SRVAE(
+        latent_channels=4,
+        encoder_block_out_channels=(32,) * 5,
+        decoder_block_out_channels=(32,) * 5,
+        layers_per_block=1,
+    )
+    video = {"video": [picture(64)], "resolution_scale": 2, "output_type": "pt"}
+    return case("Kandinsky6SRPipeline", {"transformer": transformer, "vae": vae}, **video)
+
+
 def easy_animate(name: str, in_channels: int, **arguments: Any) -> Case:
     torch.manual_seed(0)
     transformer = EasyAnimateTransformer3DModel(
@@ -275,6 +300,7 @@ PIPELINES = {
     "Kandinsky5T2IPipeline": partial(kandinsky5, "Kandinsky5T2IPipeline", height=32, width=32),
     "Kandinsky5I2IPipeline": partial(kandinsky5, "Kandinsky5I2IPipeline", image=picture(32), height=32, width=32),
     "Kandinsky6TI2VAPipeline": kandinsky6,
+    "Kandinsky6SRPipeline": kandinsky6_sr,
     "EasyAnimatePipeline": partial(easy_animate, "EasyAnimatePipeline", 4),
     "EasyAnimateInpaintPipeline": partial(
         easy_animate,

@@ -33,9 +33,8 @@ MASK = {"prompt_attention_mask": ones(1, 4)}
 NEGATIVE_MASK = {"negative_prompt_attention_mask": ones(1, 4)}
 
 
-def text(width: int, negative: bool = True) -> dict[str, torch.Tensor]:
-    negatives = {"negative_prompt_embeds": embeds(1, 4, width, seed=2)} if negative else {}
-    return {"prompt_embeds": embeds(1, 4, width)} | negatives
+def text(width: int) -> dict[str, torch.Tensor]:
+    return {"prompt_embeds": embeds(1, 4, width), "negative_prompt_embeds": embeds(1, 4, width, seed=2)}
 
 
 def aura_flow() -> Case:
@@ -371,7 +370,12 @@ PIPELINES = {
     "BriaPipeline": bria,
     "BriaFiboPipeline": partial(bria_fibo, "BriaFiboPipeline"),
     "BriaFiboEditPipeline": partial(
-        bria_fibo, "BriaFiboEditPipeline", image=picture(64), mask=mask(64), _auto_resize=False, prompt='{"edit_instruction": "a cat"}'
+        bria_fibo,
+        "BriaFiboEditPipeline",
+        image=picture(64),
+        mask=mask(64),
+        _auto_resize=False,
+        prompt='{"edit_instruction": "a cat"}',
     ),
     "BriaFibo2Pipeline": bria_fibo2,
     "CogView4Pipeline": partial(cogview4, "CogView4Pipeline"),

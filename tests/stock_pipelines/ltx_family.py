@@ -1,8 +1,9 @@
-"""LTX-Video and LTX-2, for videos and their sound."""
+"""LTX-Video and LTX-2, for videos and their sound, and SANA-WM, which shares their autoencoder."""
 
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLLTX2Audio,
@@ -10,6 +11,7 @@ from diffusers import (
     AutoencoderKLLTXVideo,
     LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
+    SanaWMTransformer3DModel,
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
@@ -36,6 +38,29 @@ def ltx_vae() -> AutoencoderKLLTXVideo:
         decoder_inject_noise=(False,) * 5,
         upsample_residual=(False,) * 4,
         upsample_factor=(1,) * 4,
+        timestep_conditioning=False,
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    ).eval()
+
+
+@cache
+def ltx2_vae() -> AutoencoderKLLTX2Video:
+    torch.manual_seed(0)
+    return AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatial",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
         timestep_conditioning=False,
         patch_size=1,
         patch_size_t=1,
@@ -98,24 +123,6 @@ def ltx2(name: str, **arguments: Any) -> Case:
         causal_temporal_positioning=False,
         rope_type="split",
     )
-    vae = AutoencoderKLLTX2Video(
-        latent_channels=4,
-        block_out_channels=(8,),
-        decoder_block_out_channels=(8,),
-        layers_per_block=(1,),
-        decoder_layers_per_block=(1, 1),
-        spatio_temporal_scaling=(True,),
-        decoder_spatio_temporal_scaling=(True,),
-        decoder_inject_noise=(False, False),
-        downsample_type=("spatial",),
-        upsample_residual=(False,),
-        upsample_factor=(1,),
-        timestep_conditioning=False,
-        patch_size=1,
-        patch_size_t=1,
-        encoder_causal=True,
-        decoder_causal=False,
-    )
     audio_vae = AutoencoderKLLTX2Audio(
         base_channels=4,
         output_channels=2,
@@ -139,13 +146,35 @@ def ltx2(name: str, **arguments: Any) -> Case:
         resnet_dilations=[[1, 3, 5]],
         output_sampling_rate=16000,
     )
-    parts = {"transformer": transformer, "connectors": connectors, "vae": vae, "audio_vae": audio_vae}
+    parts = {"transformer": transformer, "connectors": connectors, "vae": ltx2_vae(), "audio_vae": audio_vae}
     text = {"prompt_embeds": embeds(1, 4, 24), "prompt_attention_mask": ones(1, 4)}
     size = {"height": 32, "width": 32, "num_frames": 5, "frame_rate": 25.0}
     pipe, arguments = case(name, parts | {"vocoder": vocoder}, **(text | size | arguments))
     if name == "LTX2DFRPipeline":
         arguments.pop("num_inference_steps")  # it has noise levels of its own
     return pipe, arguments
+
+
+def sana_wm() -> Case:
+    """A video along the path of a camera, here at rest."""
+    torch.manual_seed(0)
+    transformer = SanaWMTransformer3DModel(
+        in_channels=4,
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=2,
+        softmax_every_n=2,
+        linear_head_dim=16,
+        chunk_plucker_channels=6 * ltx2_vae().temporal_compression_ratio,
+        chunk_plucker_post_attn_blocks=2,
+        image_size=32,
+        caption_channels=16,
+    )
+    text = {"prompt_embeds": embeds(1, 1, 4, 16), "prompt_attention_mask": ones(1, 4), "prompt": "a cat"}
+    text |= {"negative_prompt_embeds": embeds(1, 1, 4, 16, seed=2), "negative_prompt_attention_mask": ones(1, 4)}
+    camera = {"c2w": np.tile(np.eye(4), (5, 1, 1)), "intrinsics": [32.0, 32.0, 16.0, 16.0]}
+    parts = {"transformer": transformer, "vae": ltx2_vae()}
+    return case("SanaWMPipeline", parts, image=picture(32), **text, **camera, **(VIDEO | {"num_frames": 5}))
 
 
 # One pass of the model for each step, as without guidance
@@ -170,4 +199,5 @@ PIPELINES = {
         **ONE_PASS,
     ),
     "LTX2DFRPipeline": partial(ltx2, "LTX2DFRPipeline", **CONDITION),
+    "SanaWMPipeline": sana_wm,
 }

@@ -1,8 +1,8 @@
 """
 The scheduler in every stock pipeline of flow matching of the installed diffusers, in miniature with random weights.
 
-docs/stock_pipelines.md has a row for each of them. These tests read it: a pipeline that is missing, or does not do what
-its row says, fails.
+docs/stock_pipelines.md has a row for each of them. These tests read it: a pipeline that is missing, or does not do
+what its row says, fails.
 """
 
 import ast
@@ -52,8 +52,9 @@ SLOW = {
     "JoyImageEditPipeline",
     "Kandinsky5T2IPipeline",
     "Kandinsky5I2IPipeline",
+    "Kandinsky6SRPipeline",
 }
-"""Those that work on a million pixels, whatever they are asked for."""
+"""Those that take seconds: most work on a million pixels, whatever they are asked for."""
 
 
 @cache

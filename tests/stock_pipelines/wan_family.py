@@ -1,4 +1,4 @@
-"""Wan, and pipelines for videos and edits that share its autoencoder: SkyReels, ChronoEdit, Sana-Video..."""
+"""Wan, and pipelines for videos and edits that share its autoencoder: SkyReels, ChronoEdit, Cosmos 3, Sana-Video..."""
 
 from functools import partial
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers import (
     ChronoEditTransformer3DModel,
+    Cosmos3OmniTransformer,
     JoyImageEditTransformer3DModel,
     MotifVideoTransformer3DModel,
     SanaVideoTransformer3DModel,
@@ -16,6 +17,7 @@ from diffusers import (
 )
 from diffusers.guiders import ClassifierFreeGuidance
 from parts import SIZE, Case, case, clip_vision, embeds, ones, picture, wan_vae
+from policies.miniatures import chat_tokenizer
 
 
 TEXT = {"prompt_embeds": embeds(1, 4, 32), "negative_prompt_embeds": embeds(1, 4, 32, seed=2)}
@@ -81,6 +83,32 @@ def joy() -> Case:
     return case("JoyImageEditPipeline", parts, image=picture(32), **size, **text)
 
 
+def cosmos3() -> Case:
+    torch.manual_seed(0)
+    tokenizer = chat_tokenizer()
+    special = [*tokenizer.all_special_tokens, "<|vision_start|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special, "eos_token": "<|im_end|>"})
+    transformer = Cosmos3OmniTransformer(
+        head_dim=6,
+        hidden_act="relu2",
+        hidden_size=6,
+        intermediate_size=12,
+        latent_channel=16,
+        latent_patch_size=1,
+        num_attention_heads=1,
+        num_hidden_layers=1,
+        num_key_value_heads=1,
+        patch_latent_dim=16,
+        qk_norm_for_text=False,
+        rope_axes_dim=[1, 1, 1],
+        vocab_size=len(tokenizer),
+    )
+    prompt = {"prompt": "a cat", "guidance_scale": 1.0, "use_system_prompt": False}
+    prompt |= {"add_resolution_template": False, "add_duration_template": False}
+    parts = {"transformer": transformer, "vae": wan_vae(), "text_tokenizer": tokenizer, "enable_safety_checker": False}
+    return case("Cosmos3OmniPipeline", parts, **prompt, **VIDEO)
+
+
 def motif(name: str, **arguments: Any) -> Case:
     torch.manual_seed(0)
     transformer = MotifVideoTransformer3DModel(
@@ -136,9 +164,7 @@ PIPELINES = {
         segment_frame_length=5,
         **SIZE,
     ),
-    "LucyEditPipeline": partial(
-        wan, "LucyEditPipeline", options={"in_channels": 32}, video=[picture()] * 5, **VIDEO
-    ),
+    "LucyEditPipeline": partial(wan, "LucyEditPipeline", options={"in_channels": 32}, video=[picture()] * 5, **VIDEO),
     "ChronoEditPipeline": partial(
         wan,
         "ChronoEditPipeline",
@@ -154,6 +180,7 @@ PIPELINES = {
     "SanaVideoPipeline": partial(sana_video, "SanaVideoPipeline"),
     "SanaImageToVideoPipeline": partial(sana_video, "SanaImageToVideoPipeline", image=picture(32)),
     "JoyImageEditPipeline": joy,
+    "Cosmos3OmniPipeline": cosmos3,
     "MotifVideoPipeline": partial(motif, "MotifVideoPipeline"),
     "MotifVideoImage2VideoPipeline": partial(motif, "MotifVideoImage2VideoPipeline", image=picture(), prompt=None),
 }
