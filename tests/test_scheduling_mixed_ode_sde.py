@@ -714,7 +714,7 @@ def test_moving_the_window_during_a_run():
         ({"invert_sigmas": 1}, "`invert_sigmas` must be True or False, got 1"),
         (
             {"invert_sigmas": True, "ode_solver": "unipc"},
-            "`invert_sigmas` must be False with another solver",
+            "`invert_sigmas` must be False with a multistep .*, got True",
         ),
         (
             {"invert_sigmas": True, "suffix_ratio": 0.5},

@@ -610,11 +610,10 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
                 f"`max_image_seq_len` must be more than base_image_seq_len={config.base_image_seq_len}, since a "
                 f"pipeline interpolates between the two, got {config.max_image_seq_len}."
             )
-        if config.invert_sigmas and (
-            config.ode_solver != "euler" or config.use_flow_sigmas or min(config.prefix_ratio, config.suffix_ratio) < 1
-        ):
+        is_plain = config.ode_solver == "euler" and not config.use_flow_sigmas
+        if config.invert_sigmas and not (is_plain and min(config.prefix_ratio, config.suffix_ratio) == 1):
             raise ValueError(
-                "`invert_sigmas` must be False with another solver than 'euler', `use_flow_sigmas`, or `prefix_ratio` or "
+                "`invert_sigmas` must be False with a multistep `ode_solver`, `use_flow_sigmas`, or a `prefix_ratio` or "
                 "`suffix_ratio` below 1, got True."
             )
         spacings = [name for name in _SPACINGS if config[name]]
