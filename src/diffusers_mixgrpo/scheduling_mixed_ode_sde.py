@@ -489,7 +489,8 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
 
         Args:
             model_output (`torch.Tensor` of shape `(batch, ...)`): The predicted velocity.
-            timestep (`float` or `torch.Tensor`): The current one of `self.timesteps`.
+            timestep (`float` or `torch.Tensor`):
+                The current one of `self.timesteps`. With `use_flow_sigmas` a tensor may be of integers.
             sample (`torch.Tensor` of shape `(batch, ...)`): The sample at `timestep`.
             generator (`torch.Generator` or list of them, one per sample, *optional*):
                 Source of the noise; `self.generator` if `None`.
@@ -508,6 +509,8 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
                 token with a window or another solver.
         """
         # 1. Find the step
+        if self.config.use_flow_sigmas and isinstance(timestep, Tensor) and not timestep.is_floating_point():
+            timestep = timestep.to(self.timesteps.dtype)  # whole numbers then: some pipelines of UniPC pass integers
         self._check_step(timestep, sample, variance_noise)
         if self.step_index is None:
             self._init_step_index(timestep)
@@ -613,7 +616,7 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         is_plain = config.ode_solver == "euler" and not config.use_flow_sigmas
         if config.invert_sigmas and not (is_plain and min(config.prefix_ratio, config.suffix_ratio) == 1):
             raise ValueError(
-                "`invert_sigmas` must be False with a multistep `ode_solver`, `use_flow_sigmas`, or a `prefix_ratio` or "
+                "`invert_sigmas` must be False with a multistep `ode_solver`, `use_flow_sigmas`, or `prefix_ratio` or "
                 "`suffix_ratio` below 1, got True."
             )
         spacings = [name for name in _SPACINGS if config[name]]

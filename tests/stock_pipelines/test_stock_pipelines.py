@@ -103,8 +103,11 @@ def test_what_is_said_to_work_is_run():
         assert works in ("yes", "without a window", "no") and (works == "yes" or remark), name
 
 
+OF_FLOW_MATCH_EULER = [name for name in MINIATURES if name not in wan_family.OF_UNIPC]
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MINIATURES]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in OF_FLOW_MATCH_EULER]
 )
 def test_the_scheduler_is_a_replacement(name):
     """Without a window the result is the stock one bit for bit. With one, it has other noise, and log-probs."""
@@ -137,3 +140,27 @@ def test_the_scheduler_is_a_replacement(name):
 
 def recorded(pipe: diffusers.DiffusionPipeline) -> torch.Tensor:
     return pipe.scheduler.window_log_probs
+
+
+@pytest.mark.parametrize("name", sorted(wan_family.OF_UNIPC))
+def test_the_scheduler_is_a_replacement_of_unipc(name):
+    """With its solver, up to float32. They step copies of the scheduler, and leave no record."""
+    pipe, arguments = MINIATURES[name]()
+    stock = pipe.scheduler
+    (expected,) = draw(pipe, stock, arguments)
+    (result,) = draw(
+        pipe, MixedODESDEScheduler.from_config(stock.config, window_size=0, ode_solver="unipc"), arguments
+    )
+    assert expected.isfinite().all()
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    assert rows()[name][0] == "without a window"
+    draw(pipe, MixedODESDEScheduler.from_config(stock.config, window_start=1, window_size=2), arguments)
+    assert recorded(pipe) is None
+
+
+def test_noise_levels_of_edm_are_refused():
+    """Those that the pipelines of Cosmos 2 write into the configuration of their scheduler."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    scheduler.register_to_config(sigma_max=80.0, sigma_min=0.002, sigma_data=1.0, final_sigmas_type="sigma_min")
+    with pytest.raises(ValueError, match="`scheduler` must be one of flow matching"):
+        MixedODESDEScheduler.from_config(scheduler.config)

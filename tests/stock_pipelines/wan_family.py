@@ -11,6 +11,7 @@ from diffusers import (
     MotifVideoTransformer3DModel,
     SanaVideoTransformer3DModel,
     SkyReelsV2Transformer3DModel,
+    UniPCMultistepScheduler,
     WanAnimateTransformer3DModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
@@ -40,7 +41,11 @@ WITH_IMAGE: dict[str, Any] = {"in_channels": 36, "image_dim": 4}
 def wan(name: str, transformer: type = WanTransformer3DModel, options: Any = None, **arguments: Any) -> Case:
     torch.manual_seed(0)
     parts = {"transformer": transformer(**(DIMENSIONS | (options or {}))), "vae": wan_vae(), **clip_vision()}
-    return case(name, parts, **(TEXT | {"output_type": "latent"} | arguments))
+    if name in OF_UNIPC:
+        parts["scheduler"] = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+        )
+    return case(name, parts, **(TEXT | arguments))
 
 
 def sana_video(name: str, **arguments: Any) -> Case:
@@ -127,6 +132,13 @@ def motif(name: str, **arguments: Any) -> Case:
 
 
 SKY = {"transformer": SkyReelsV2Transformer3DModel, **VIDEO}
+FORCING = SKY | {"num_frames": 9, "base_num_frames": 9, "prompt": None}
+OF_UNIPC = {
+    "SkyReelsV2DiffusionForcingPipeline",
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+}
+"""Those that run with the timesteps of UniPC only: integers."""
 
 PIPELINES = {
     "WanPipeline": partial(wan, "WanPipeline", **VIDEO),
@@ -176,6 +188,17 @@ PIPELINES = {
     "SkyReelsV2Pipeline": partial(wan, "SkyReelsV2Pipeline", **SKY),
     "SkyReelsV2ImageToVideoPipeline": partial(
         wan, "SkyReelsV2ImageToVideoPipeline", options=WITH_IMAGE, image=picture(), **SKY
+    ),
+    "SkyReelsV2DiffusionForcingPipeline": partial(wan, "SkyReelsV2DiffusionForcingPipeline", **FORCING),
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": partial(
+        wan, "SkyReelsV2DiffusionForcingImageToVideoPipeline", options={"image_dim": 4}, image=picture(), **FORCING
+    ),
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": partial(
+        wan,
+        "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        video=[picture()] * 5,
+        overlap_history=5,
+        **(FORCING | {"num_frames": 17}),
     ),
     "SanaVideoPipeline": partial(sana_video, "SanaVideoPipeline"),
     "SanaImageToVideoPipeline": partial(sana_video, "SanaImageToVideoPipeline", image=picture(32)),
