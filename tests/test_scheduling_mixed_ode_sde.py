@@ -633,6 +633,35 @@ def test_saved_pipeline_loads_with_its_scheduler(tiny_pipe, tmp_path):
     assert type(loaded.scheduler) is FlowMatchEulerDiscreteScheduler
 
 
+# ---- Noise levels the other way round ----
+
+
+@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps", "dpm"])
+def test_inverted_noise_levels_are_the_same_flow(sde_type):
+    """Mochi's levels rise from 0 to 1, and it predicts (image - noise): the same samples and log-probs."""
+    levels = [1.0, 0.8, 0.6, 0.4, 0.2]
+    usual = MixedODESDEScheduler(shift=3.0, sde_type=sde_type, window_start=1, window_size=2)
+    inverted = MixedODESDEScheduler.from_config(usual.config, invert_sigmas=True)
+    stock = FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=True)
+    for scheduler in (usual, inverted, stock):
+        scheduler.set_timesteps(sigmas=levels)
+    assert torch.equal(inverted.sigmas, stock.sigmas) and torch.equal(inverted.timesteps, stock.timesteps)
+    sample = other = noise(2, 4, 8)
+    for step in range(5):
+        velocity = noise(2, 4, 8, seed=step + 1)
+        generators = (torch.Generator().manual_seed(step), torch.Generator().manual_seed(step))
+        one = usual.step(velocity, usual.timesteps[step], sample, generator=generators[0])
+        two = inverted.step(-velocity, inverted.timesteps[step], other, generator=generators[1])
+        if two.log_prob is not None:
+            assert torch.equal(inverted.log_prob(-velocity, other, two.prev_sample, step), two.log_prob)
+        sample, other = one.prev_sample, two.prev_sample
+        torch.testing.assert_close(two.pred_original_sample, one.pred_original_sample, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(other, sample, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inverted.window_log_probs, usual.window_log_probs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="`invert_sigmas` must be False for a replay"):
+        inverted.transitions()
+
+
 # ---- Moving windows, bad input ----
 
 
@@ -682,7 +711,15 @@ def test_moving_the_window_during_a_run():
         ({"window_size": -2}, "`window_size` must be an integer of 0 or more, or 'all', got -2"),
         ({"window_size": 1.5}, "`window_size` must be an integer of 0 or more, or 'all', got 1.5"),
         ({"window_start": "all"}, "`window_start` must be an integer of 0 or more, got 'all'"),
-        ({"invert_sigmas": True}, "`invert_sigmas` must be False, since .* got True"),
+        ({"invert_sigmas": 1}, "`invert_sigmas` must be True or False, got 1"),
+        (
+            {"invert_sigmas": True, "ode_solver": "unipc"},
+            "`invert_sigmas` must be False with a multistep .*, got True",
+        ),
+        (
+            {"invert_sigmas": True, "suffix_ratio": 0.5},
+            "`invert_sigmas` must be False .*, got True",
+        ),
         ({"stochastic_sampling": True}, "`stochastic_sampling` must be False, since .* got True"),
         ({"eta": ""}, "`eta` must be a number .*, got ''"),
         ({"eta": 1e9}, "`eta` must be a number .*, got 1000000000.0"),

@@ -57,14 +57,14 @@ _SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 _MU = optional(number(-2.3, 4.6))
 
 SCHEDULER_RULES = {
-    "num_train_timesteps": integer(2, 10_000),
+    "num_train_timesteps": integer(1, 10_000),
     "shift": number(0.1, 100),
     "use_dynamic_shifting": SWITCH,
     "base_shift": _MU,
     "max_shift": _MU,
     "base_image_seq_len": integer(1),
     "max_image_seq_len": integer(1),
-    "invert_sigmas": only(False, "it has no part in an ODE step"),
+    "invert_sigmas": SWITCH,
     "shift_terminal": optional(number(0, 0.99)),
     **dict.fromkeys(_SPACINGS, SWITCH),
     "time_shift_type": choice(["exponential", "linear"]),
@@ -126,8 +126,11 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
         shift_terminal, use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, time_shift_type:
             As in [`FlowMatchEulerDiscreteScheduler`].
-        invert_sigmas, stochastic_sampling (`bool`, defaults to `False`):
-            Arguments of the parent that must stay `False`.
+        invert_sigmas (`bool`, defaults to `False`):
+            As in the parent (Mochi, OmniGen): noise levels rise from 0 at pure noise to 1, and the model predicts
+            (image - noise). Only with `ode_solver="euler"` and without compression.
+        stochastic_sampling (`bool`, defaults to `False`):
+            Argument of the parent that must stay `False`.
         use_flow_sigmas (`False` or `str`, defaults to `False`):
             Noise levels and timesteps where [`set_timesteps`] is given none: those of the parent, or those that
             diffusers' `"unipc"` or `"dpmsolver"` schedulers have with `use_flow_sigmas=True`. [`from_config`] sets it.
@@ -250,10 +253,12 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         The stochastic steps of the schedule that is set, for a replay that no longer needs the scheduler.
 
         Raises:
-            `ValueError`: If the schedule is not set.
+            `ValueError`: If the schedule is not set, or with `invert_sigmas`.
         """
         if self.num_inference_steps is None:
             raise ValueError("The schedule is not set. Call `set_timesteps` first.")
+        if self.config.invert_sigmas:
+            raise ValueError("`invert_sigmas` must be False for a replay without the scheduler, got True.")
         start, stop = self._window.start, self._window.stop
         return Transitions(
             sde_type=self.config.sde_type,
@@ -427,18 +432,26 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
             `(batch, 1, ...)`; both in float32 or better.
         """
         self._check_step_index(step_index)
-        sigmas = self.sigmas.to(sample.device)
+        sigmas = self._noise_levels(self.sigmas.to(sample.device))
         if isinstance(step_index, Tensor):
             step_index = step_index.to(sample.device).reshape(-1, *[1] * (sample.ndim - 1))
         return sde_transition(
             self.config.sde_type,
-            model_output,
+            self._velocity(model_output),
             sample,
             sigma=sigmas[step_index],
             sigma_next=sigmas[step_index + 1],
             eta=self.config.eta,
             sigma_max=sigmas[1],
         )
+
+    def _noise_levels(self, sigmas: Tensor) -> Tensor:
+        """The parent's `sigmas` as they are without `invert_sigmas`: 1 is noise, 0 the image."""
+        return 1 - sigmas if self.config.invert_sigmas else sigmas
+
+    def _velocity(self, model_output: Tensor) -> Tensor:
+        """What the model predicts, as it is without `invert_sigmas`: (noise - image)."""
+        return -model_output if self.config.invert_sigmas else model_output
 
     def log_prob(self, model_output: Tensor, sample: Tensor, prev_sample: Tensor, step_index: int | Tensor) -> Tensor:
         """
@@ -476,7 +489,8 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
 
         Args:
             model_output (`torch.Tensor` of shape `(batch, ...)`): The predicted velocity.
-            timestep (`float` or `torch.Tensor`): The current one of `self.timesteps`.
+            timestep (`float` or `torch.Tensor`):
+                The current one of `self.timesteps`. With `use_flow_sigmas` a tensor may be of integers.
             sample (`torch.Tensor` of shape `(batch, ...)`): The sample at `timestep`.
             generator (`torch.Generator` or list of them, one per sample, *optional*):
                 Source of the noise; `self.generator` if `None`.
@@ -495,6 +509,8 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
                 token with a window or another solver.
         """
         # 1. Find the step
+        if self.config.use_flow_sigmas and isinstance(timestep, Tensor) and not timestep.is_floating_point():
+            timestep = timestep.to(self.timesteps.dtype)  # whole numbers then: some pipelines of UniPC pass integers
         self._check_step(timestep, sample, variance_noise)
         if self.step_index is None:
             self._init_step_index(timestep)
@@ -505,7 +521,7 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
         if per_token_timesteps is not None:
             self._check_per_token()
             sigma = (per_token_timesteps / self.config.num_train_timesteps)[..., None]
-        pred_original_sample = predict_x0(model_output, sample, sigma)
+        pred_original_sample = predict_x0(self._velocity(model_output), sample, self._noise_levels(sigma))
 
         # 2. Take it
         if per_token_timesteps is not None:
@@ -597,6 +613,12 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
                 f"`max_image_seq_len` must be more than base_image_seq_len={config.base_image_seq_len}, since a "
                 f"pipeline interpolates between the two, got {config.max_image_seq_len}."
             )
+        is_plain = config.ode_solver == "euler" and not config.use_flow_sigmas
+        if config.invert_sigmas and not (is_plain and min(config.prefix_ratio, config.suffix_ratio) == 1):
+            raise ValueError(
+                "`invert_sigmas` must be False with a multistep `ode_solver`, `use_flow_sigmas`, or `prefix_ratio` or "
+                "`suffix_ratio` below 1, got True."
+            )
         spacings = [name for name in _SPACINGS if config[name]]
         if len(spacings) > 1:
             raise ValueError(f"`{spacings[1]}` must be False with {spacings[0]}=True, got True. Choose one of them.")
@@ -608,7 +630,7 @@ class MixedODESDEScheduler(FlowMatchEulerDiscreteScheduler):
 
     def _check_sigmas(self, mu: float | None) -> None:
         """Check that no step is too small for float32. On the host."""
-        sigmas, window = self.sigmas, slice(self._window.start, self._window.stop)
+        sigmas, window = self._noise_levels(self.sigmas), slice(self._window.start, self._window.stop)
         now, after = sigmas[:-1], sigmas[1:]
         is_legal = sigmas.isfinite().all()
         if self.config.ode_solver != "euler":
