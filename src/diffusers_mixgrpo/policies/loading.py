@@ -18,7 +18,7 @@ from transformers.utils.logging import set_tqdm_hook
 from ..core.scheduler_configs import flow_matching_config
 from ..mixgrpo_config import MixGRPOConfig
 from . import FAMILIES, policy_class
-from .base import require_all_parts
+from .base import PipelinePolicy, require_all_parts
 
 
 # Arguments of `from_pretrained` that also say where the pipeline's configuration is
@@ -30,7 +30,7 @@ NO_FULL_FINE_TUNING = (
 )
 
 
-def check_source(model: DiffusionPipeline | str | os.PathLike, settings: MixGRPOConfig) -> None:
+def check_source(model: DiffusionPipeline | str | os.PathLike, settings: MixGRPOConfig) -> type[PipelinePolicy]:
     """
     Check that a pipeline can be trained, from its small files alone if it is not loaded yet.
 
@@ -38,14 +38,16 @@ def check_source(model: DiffusionPipeline | str | os.PathLike, settings: MixGRPO
         model ([`~diffusers.DiffusionPipeline`] or `str` or `os.PathLike`): As in [`load_pipeline`].
         settings ([`MixGRPOConfig`]): The configuration.
 
+    Returns:
+        `type`: The policy of the pipeline's family.
+
     Raises:
         `FileNotFoundError`: If there is no such folder or repository, or it cannot be read.
         `TypeError`: If the pipeline's family is not supported, or its transformer is one of another family.
         `ValueError`: If one of its models is left out, or its scheduler is not one of flow matching.
     """
     if not isinstance(model, (str, os.PathLike)):
-        _check_loaded(model)
-        return
+        return _check_loaded(model)
     name = os.path.expanduser(os.fspath(model))
     init_kwargs, hub_kwargs = _init_kwargs(settings)
     config = _pipeline_config(name, hub_kwargs)
@@ -60,9 +62,10 @@ def check_source(model: DiffusionPipeline | str | os.PathLike, settings: MixGRPO
         except OSError as error:
             raise _not_loaded(name, error) from error
         flow_matching_config(scheduler)
+    return policy
 
 
-def _check_loaded(pipe: DiffusionPipeline) -> None:
+def _check_loaded(pipe: DiffusionPipeline) -> type[PipelinePolicy]:
     # `FluxPipeline.from_pretrained` gives a FluxPipeline of any family's parts, with a line in the log.
     policy = policy_class(type(pipe).__name__)
     kinds = policy.pipeline_class._get_signature_types()["transformer"]
@@ -76,6 +79,7 @@ def _check_loaded(pipe: DiffusionPipeline) -> None:
         )
     require_all_parts(type(pipe), pipe.components, policy.optional_parts)
     flow_matching_config(pipe.scheduler.config)
+    return policy
 
 
 def load_pipeline(
