@@ -3,7 +3,7 @@
 import copy
 import functools
 import inspect
-import json
+import re
 
 import datasets
 import numpy as np
@@ -224,3 +224,302 @@ def test_the_size_that_qwen_image_edit_encodes_is_its_pipelines_own(height, widt
     assert width_to_edit / height_to_edit == pytest.approx(policy.width / policy.height, rel=0.1)
     module = inspect.getmodule(type(pipe))
     assert module.calculate_dimensions(2**20, width_to_edit / height_to_edit)[:2] == policy.condition_size
+
+
+# ---- Training ----
+
+
+def rows_of(family) -> list[dict]:
+    texts = ["a cat", "two dogs", "sea", "red", "blue tree"]
+    return [{"prompt": text, "image": photo(i, (90, 60 + 10 * (i % 2)))} for i, text in enumerate(texts)]
+
+
+def likeness(prompts, images, image, **columns):
+    """A reward: minus the mean difference from the image to edit, of 1."""
+    scores = []
+    for own, condition in zip(images, image, strict=True):
+        condition = condition.convert("RGB").resize(own.size)
+        scores.append(-np.abs(np.asarray(own, dtype=float) - np.asarray(condition, dtype=float)).mean() / 255)
+    return scores
+
+
+def trainer_of(family, output_dir, **changes):
+    """As a rule with cached embeddings, since encoding takes most of the time."""
+    rows = rows_of(family)
+    settings = {"pipe": copied(family), "guidance_scale": SCALES[family][1], "max_sequence_length": 20}
+    settings |= size_of(family) | {"train_dataset": rows, "eval_dataset": rows[:2], "cache_prompt_embeds": True}
+    return make_trainer(output_dir, **settings | changes)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [LoraConfig(r=4, lora_alpha=64), False], ids=["lora", "full"])
+@FAMILY
+def test_training_raises_a_reward(family, lora, tmp_path):
+    settings = {"learning_rate": 2e-2 if lora else 5e-3, "max_steps": 24, "per_device_train_batch_size": 8}
+    trainer = trainer_of(family, tmp_path, lora=lora, num_generations=8, logging_steps=24, **settings)
+    before = trainer.evaluate()
+    trainer.train()
+    assert trainer.evaluate()["eval_reward"] > before["eval_reward"] + before["eval_rewards/redness/std"]
+
+
+@SLOW_FAMILY
+def test_the_saved_lora_gives_the_trainers_images_in_the_stock_pipeline(family, tmp_path):
+    trainer = trainer_of(family, tmp_path, lora=LoraConfig(r=4, lora_alpha=256), max_steps=4, learning_rate=5e-2)
+    trainer.train()
+    trainer.save_model()
+    row = trainer.train_dataset[1]
+    images = trainer.sample_images([row["prompt"]], [3], [row["image"]])
+    pipe = copied(family)
+    policy = trainer.evaluator.policy
+    arguments = policy.arguments_of([row["prompt"]], [row["image"]])
+
+    def sample():
+        return pipe(generator=torch.Generator().manual_seed(3), **arguments).images[0]
+
+    untrained = np.asarray(sample(), dtype=int)
+    pipe.load_lora_weights(str(tmp_path))
+    difference = np.asarray(sample(), dtype=int) - np.asarray(images[0], dtype=int)
+    assert np.abs(difference).max() <= 1
+    assert np.abs(untrained - np.asarray(images[0], dtype=int)).max() > 5
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "pipeline_tag: image-to-image" in card
+    Image.fromarray(np.asarray(row["image"])).save(tmp_path / "image.png")
+    assert_the_cards_code_gives(images[0], card, tmp_path, pipe, row["prompt"])
+
+
+def assert_the_cards_code_gives(image, card, folder, pipe, prompt):
+    """Its call, by the pipeline with the LoRA."""
+    code = card.split("```python")[1].split("```")[0]
+    call = code[code.index("image = pipe(") :].replace('"image.png"', repr(str(folder / "image.png")))
+    call = re.sub(r"    prompt=.*\n", f"    prompt={prompt!r},\n", call).replace("manual_seed(0)", "manual_seed(3)")
+    names = {"pipe": pipe}
+    exec("import torch\n" + code[: code.index("pipe = ")] + call, names)
+    assert np.abs(np.asarray(names["image"], dtype=int) - np.asarray(image, dtype=int)).max() <= 1
+
+
+@SLOW_FAMILY
+def test_a_resumed_run_is_the_uninterrupted_one(family, tmp_path):
+    whole = trainer_of(family, tmp_path / "whole", max_steps=4, rewards=likeness)
+    whole.train()
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    first = trainer_of(family, tmp_path / "parts", max_steps=4, rewards=likeness, **saves)
+    first.train()
+    second = trainer_of(family, tmp_path / "parts", max_steps=4, rewards=likeness)
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    assert_same(trained(second), trained(whole))
+
+
+@SLOW_FAMILY
+def test_the_options_of_a_run(family, tmp_path):
+    """The preflight, cached embeddings, hybrid inference, gradient checkpointing, bfloat16, the VAE off the device."""
+    options = {"gradient_checkpointing": True, "bf16": True, "offload_vae": True, "logging_images_steps": 2}
+    trainer = trainer_of(family, tmp_path, max_steps=2, **options)
+    report = trainer.preflight()
+    passes = trainer.engine.policy.passes_per_step
+    assert report.nfe_per_image == passes * 5 and "ratio" in str(report)
+    trainer.train()
+    assert trainer.state.log_history[0]["nfe"] == passes * 5
+    assert (tmp_path / "images" / "step_000000.png").is_file() and (tmp_path / "images" / "step_000002.png").is_file()
+    arguments = [TEXTS[0]], [3], [PHOTOS[1]]
+    trained_images = trainer.sample_images(*arguments)
+    with hybrid_inference(trainer.pipe, trained_ratio=0):
+        base_images = trainer.sample_images(*arguments)
+    untrained = trainer_of(family, tmp_path / "untrained", bf16=True)
+    expected = untrained.sample_images(*arguments)
+    assert np.array_equal(np.asarray(base_images[0]), np.asarray(expected[0]))
+    assert not np.array_equal(np.asarray(trained_images[0]), np.asarray(expected[0]))
+
+
+def test_rewards_get_the_image_of_each_result(tmp_path):
+    """In training, in evaluations, and for fixed prompts: the image of the dataset, neither cropped nor resized."""
+    known = {row["prompt"]: row["image"].tobytes() for row in rows_of("flux-kontext")}
+    seen = []
+
+    def looks(prompts, images, image, **columns):
+        assert all(known[prompt] == each.tobytes() for prompt, each in zip(prompts, image, strict=True))
+        seen.append(len(image))
+        return [float(i) for i in range(len(images))]
+
+    trainer = trainer_of("flux-kontext", tmp_path, rewards=looks, max_steps=2, logging_images_steps=1)
+    trainer.train()
+    trainer.evaluate()
+    assert {8, 2} <= set(seen)  # two groups of four, and the evaluation
+
+
+def test_each_prompt_of_an_iteration_is_encoded_once(tmp_path):
+    """A group shares the tokens of its image."""
+    trainer = trainer_of("flux-kontext", tmp_path, cache_prompt_embeds=False, eval_dataset=None)
+    calls = []
+    trainer.pipe.vae.encoder.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    plan = trainer.engine.plan(0, trainer.train_dataset[:2])
+    rollout = trainer.engine.roll_out(plan)
+    assert len(rollout.images) == 8 and calls == [1, 1]
+    assert len(rollout.trajectory.conditioning) == 2
+    # As a run that is resumed inside the iteration does:
+    restored = trainer.engine.restore(plan, rollout.state_dict())
+    assert_same(restored.trajectory.conditioning.rows, rollout.trajectory.conditioning.rows)
+
+
+def test_a_run_with_a_cache_is_bit_for_bit_the_one_without(tmp_path):
+    """With an evaluation of another size, whose images to edit have that size too."""
+    found = []
+    for is_cached in (False, True):
+        trainer = trainer_of(
+            "flux-kontext",
+            tmp_path / str(is_cached),
+            cache_prompt_embeds=is_cached,
+            rewards=likeness,
+            eval_height=48,
+            steps_per_generation=1,
+            per_device_eval_batch_size=1,
+        )
+        calls = []
+        trainer.pipe.vae.encoder.register_forward_hook(lambda module, args, output, calls=calls: calls.append(1))
+        trainer.train()
+        found.append((trained(trainer), trainer.evaluate()["eval_reward"]))
+        assert bool(calls) != is_cached
+    assert_same(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+def test_the_cache_tells_images_apart(tmp_path):
+    policy = make_policy("flux-kontext", 3.5, pipe=copied("flux-kontext"))
+    images = [policy.fit_image(image) for image in PHOTOS]
+    calls = []
+    policy.pipe.vae.encoder.register_forward_hook(lambda *_: calls.append(1))
+    prompts = [("a cat", images[0]), ("a cat", images[1]), ("a dog", images[1]), ("a cat", images[0].copy())]
+    cached = cache_prompts(policy, prompts, torch.device("cpu"), str(tmp_path))
+    assert isinstance(cached, CachedPrompts) and len(cached) == len(calls) == 3
+    tokens = cached.encode(["a cat", "a cat"], images).rows["image_latents"]
+    assert len(calls) == 3
+    assert torch.equal(tokens, policy.encode(["a cat", "a cat"], images).rows["image_latents"])
+    assert not torch.equal(*tokens)
+
+
+def test_the_cache_depends_on_the_vae_and_on_the_processor():
+    kontext, qwen = copied("flux-kontext"), copied("qwen-image-edit")
+    before = [cache_folder(make_policy("flux-kontext", 3.5, pipe=kontext))]
+    before.append(cache_folder(make_policy("qwen-image-edit", 4.0, pipe=qwen)))
+    with torch.no_grad():
+        kontext.vae.encoder.conv_in.bias += 1e-3
+    qwen.processor.image_processor.size["longest_edge"] *= 2
+    assert cache_folder(make_policy("flux-kontext", 3.5, pipe=kontext)) != before[0]
+    assert cache_folder(make_policy("qwen-image-edit", 4.0, pipe=qwen)) != before[1]
+
+
+# ---- Datasets ----
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    paths = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for path, image in zip(paths, PHOTOS, strict=True):
+        image.save(path)
+    return paths
+
+
+def as_dataset(kind, files):
+    """Two rows, whose images are those of `files`."""
+    if kind == "paths in a list":
+        return [{"prompt": text, "image": path} for text, path in zip(TEXTS, files, strict=True)]
+    dataset = Dataset.from_dict({"prompt": TEXTS, "image": files})
+    if kind == "paths in a dataset":
+        return dataset
+    if kind == "images in a dataset":
+        return dataset.cast_column("image", datasets.Image())
+    if kind == "undecoded":
+        return dataset.cast_column("image", datasets.Image(decode=False))
+    return [{"prompt": text, "image": image} for text, image in zip(TEXTS, PHOTOS, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "kind", ["images", "paths in a list", "paths in a dataset", "images in a dataset", "undecoded"]
+)
+def test_datasets_with_images(kind, files, tmp_path):
+    dataset = as_dataset(kind, files)
+    opened = open_images("train_dataset", dataset, "FluxKontextPipeline")
+    assert len(opened) == 2 and opened[1].keys() == {"prompt", "image"}
+    assert opened[1]["image"].tobytes() == PHOTOS[1].tobytes()
+    assert open_images("train_dataset", opened, "FluxKontextPipeline")[0]["image"].tobytes() == PHOTOS[0].tobytes()
+    trainer = trainer_of(
+        "flux-kontext", tmp_path / "run", train_dataset=dataset, eval_dataset={"x": dataset}, rewards=likeness
+    )
+    trainer.train()
+    assert -1 < trainer.evaluate()["eval_x_reward"] < 0
+    assert -1 < trainer.evaluate(dataset)["eval_reward"] < 0
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"prompt": "a"}], r"must have a column 'image' for a FluxKontextPipeline.*got the columns \['prompt'\]"),
+        ([{"prompt": "a", "image": PHOTOS[0]}, {"prompt": "b", "image": None}], "got None in row 1"),
+        ([{"prompt": "a", "image": "gone.png"}], r"got 'gone.png' in row 0 \(.*No such file.*working directory"),
+        ([{"prompt": "a", "image": __file__}], r"test_editing.py' in row 0 \(cannot identify image file"),
+        ([{"prompt": "a", "image": np.zeros((4, 4, 3))}], "of PIL images or their paths, got array"),
+        (Dataset.from_dict({"prompt": ["a"], "picture": [1]}), r"got the columns \['prompt', 'picture'\]"),
+        (Dataset.from_dict({"prompt": ["a"], "image": ["gone.png"]}), "got 'gone.png' in row 0"),
+        (
+            Dataset.from_list([{"prompt": "a", "image": PHOTOS[0]}, {"prompt": "b", "image": None}]),
+            "got None in row 1",
+        ),
+    ],
+)
+def test_datasets_that_cannot_be_edited_are_refused_before_anything_is_loaded(rows, message, tmp_path):
+    pipe = copied("flux-kontext")
+    pipe.save_pretrained(tmp_path / "pipe")
+    (tmp_path / "pipe" / "transformer" / "config.json").unlink()  # nothing can be loaded
+    with pytest.raises(ValueError, match=f"`train_dataset` .*{message}"):
+        trainer_of("flux-kontext", tmp_path, pipe=str(tmp_path / "pipe"), train_dataset=rows, eval_dataset=None)
+    with pytest.raises(ValueError, match=r"`eval_dataset\['x'\]` "):
+        trainer_of("flux-kontext", tmp_path, pipe=str(tmp_path / "pipe"), eval_dataset={"x": rows})
+
+
+def test_images_have_to_be_passed_to_sample_images(tmp_path):
+    trainer = trainer_of("flux-kontext", tmp_path)
+    with pytest.raises(ValueError, match="`images` must be the images to edit.*FluxKontextPipeline, got None"):
+        trainer.sample_images(["a cat"])
+
+
+def test_an_image_is_an_ordinary_column_where_nothing_is_edited(tmp_path):
+    seen = []
+
+    def looks(prompts, images, image, **columns):
+        seen.extend(image)
+        return redness(prompts, images)
+
+    rows = [{"prompt": text, "image": value} for text, value in zip(TEXTS, ["gone.png", None], strict=True)]
+    trainer = make_trainer(tmp_path, rewards=looks, train_dataset=rows, max_steps=2)
+    trainer.train()
+    assert set(seen) == {"gone.png", None}
+
+
+# ---- What a family declares ----
+
+
+@FAMILY
+def test_lora_targets_exist(family):
+    policy = policy_class(type(shared(family)).__name__)
+    names = [name for name, _ in shared(family).transformer.named_modules()]
+    for target in policy.lora_target_modules:
+        assert any(name.endswith(f".{target}") for name in names), target
+
+
+@FAMILY
+def test_defaults_are_those_of_the_pipelines_call(family):
+    pipe = shared(family)
+    policy = policy_class(type(pipe).__name__)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(pipe.__call__).parameters.items()}
+    assert policy.default_guidance_scale == defaults[policy.guidance_argument]
+    assert policy.default_sequence_length == defaults["max_sequence_length"]
+
+
+def test_every_family_is_tested():
+    tested = {type(shared(family)).__name__ for family in EDITING}
+    assert tested == {name for name in FAMILIES if policy_class(name).takes_image}
