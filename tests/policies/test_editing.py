@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import json
 import re
 
 import datasets
@@ -17,6 +18,8 @@ from peft import LoraConfig
 from PIL import Image
 
 from diffusers_mixgrpo import MixedODESDEScheduler, hybrid_inference, policy_class, sample_trajectories
+from diffusers_mixgrpo.commands import before_after, train
+from diffusers_mixgrpo.commands import evaluate as evaluate_command
 from diffusers_mixgrpo.policies import FAMILIES, PipelinePolicy
 from diffusers_mixgrpo.policies.prompt_embeds import CachedPrompts, cache_folder, cache_prompts
 from diffusers_mixgrpo.training.datasets import open_images
@@ -498,6 +501,93 @@ def test_an_image_is_an_ordinary_column_where_nothing_is_edited(tmp_path):
     trainer = make_trainer(tmp_path, rewards=looks, train_dataset=rows, max_steps=2)
     trainer.train()
     assert set(seen) == {"gone.png", None}
+
+
+# ---- Commands, and what they show ----
+
+FLAGS = "--height 32 --width 48 --num_inference_steps 4 --window_size 2 --max_sequence_length 12 --num_generations 4"
+FLAGS += " --per_device_train_batch_size 4 --steps_per_generation 2 --max_steps 4 --logging_steps 1 --epsilon 1e-2"
+FLAGS += " --save_strategy no --report_to none --use_cpu --learning_rate 1e-3 --lora_alpha 8 --logging_images_steps 4"
+
+
+@pytest.fixture(scope="module")
+def kontext_folder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("kontext")
+    shared("flux-kontext").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a reward, and a dataset as a file of paths and as a folder of images."""
+    (tmp_path / "my_rewards.py").write_text(
+        "import numpy as np\n"
+        "def likeness(prompts, images, image, **columns):\n"
+        "    pairs = zip(images, [each.resize(images[0].size) for each in image])\n"
+        "    return [-float(np.abs(np.asarray(a, float) - np.asarray(b, float)).mean()) for a, b in pairs]\n"
+    )
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rows = [row | {"file_name": f"{i}.png"} for i, row in enumerate(rows_of("flux-kontext"))]
+    for row in rows:
+        row["image"].save(folder / row["file_name"])
+    names = [{"prompt": row["prompt"], "file_name": row["file_name"]} for row in rows]
+    (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(name)}\n" for name in names))
+    paths = [{"prompt": row["prompt"], "image": f"photos/{row['file_name']}"} for row in rows]
+    (tmp_path / "edits.jsonl").write_text("".join(f"{json.dumps(path)}\n" for path in paths))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
+@pytest.mark.parametrize("name", ["edits.jsonl", "photos"])
+def test_the_train_and_evaluate_commands(workplace, kontext_folder, name, rank):
+    flags = f"--pretrained_model_name_or_path {kontext_folder} --reward_funcs my_rewards:likeness"
+    train.main(
+        f"{flags} --dataset_name {name} --num_eval_prompts 2 --output_dir out --lora_rank {rank} {FLAGS}".split()
+    )
+    summary = json.loads((workplace / "out" / "summary.json").read_text())
+    assert summary["optimizer_steps"] == 4 and summary["eval_prompts"] == 2
+    assert (workplace / "out" / "report.html").is_file()
+    for drawn in ("before_after.png", "images/step_000000.png", "images/step_000004.png"):
+        assert np.asarray(Image.open(workplace / "out" / drawn)).std() > 10
+    weights = "--lora out" if rank else "--transformer out"
+    prompts = "edits.jsonl" if name == "edits.jsonl" else "photos --split train"
+    size = "--height 32 --width 48 --num_inference_steps 4 --max_sequence_length 12"
+    evaluate_command.main(f"{flags} {weights} --prompts {prompts} --output_dir scores {size}".split())
+    results = json.loads((workplace / "scores" / "evaluation.json").read_text())["results"]["trained"]
+    assert len(results["likeness"]["scores"]) == 5 and results["likeness"]["failed"] == 0
+
+
+def test_a_file_of_prompts_has_no_images(workplace, kontext_folder):
+    (workplace / "prompts.txt").write_text("a cat\na dog\n")
+    flags = f"--pretrained_model_name_or_path {kontext_folder} --reward_funcs my_rewards:likeness {FLAGS}"
+    with pytest.raises(ValueError, match=r"`train_dataset` must have a column 'image' .*got the columns \['prompt'\]"):
+        train.main(f"{flags} --dataset_name prompts.txt --num_eval_prompts 0".split())
+
+
+def test_grids_show_the_image_to_edit(tmp_path):
+    """Before the results, enlarged by a whole factor."""
+    red = Image.new("RGB", (90, 60), "red")
+    rows = [row | {"image": red} for row in rows_of("flux-kontext")]
+    changes = {"logging_images_steps": 4, "num_logged_prompts": 1, "num_logged_seeds": 2}
+    trainer = trainer_of("flux-kontext", tmp_path, train_dataset=rows, eval_dataset=None, max_steps=2, **changes)
+    trainer.train()
+    grid = np.asarray(Image.open(tmp_path / "images" / "step_000000.png").convert("RGB")).astype(int)
+    is_red = (grid == (255, 0, 0)).all(-1)
+    assert is_red.sum() == (7 * 48) * (7 * 32)
+    assert is_red.any(0).nonzero()[0].max() < grid.shape[1] / 2
+
+
+def test_before_and_after_show_the_image_to_edit(tmp_path):
+    rows = [row | {"image": Image.new("RGB", (90, 60), "red")} for row in rows_of("flux-kontext")]
+    trainer = trainer_of("flux-kontext", tmp_path, eval_dataset=rows)
+    evaluation = before_after.evaluate(trainer)
+    examples = before_after.sample_examples(trainer, evaluation, evaluation)
+    assert {example.condition.tobytes() for example in examples} == {Image.new("RGB", (48, 32), "red").tobytes()}
+    before_after.draw_before_after(examples, str(tmp_path))
+    drawn = np.asarray(Image.open(tmp_path / "before_after.png").convert("RGB"))
+    assert (drawn == (255, 0, 0)).all(-1).mean() > 0.05
 
 
 # ---- What a family declares ----
