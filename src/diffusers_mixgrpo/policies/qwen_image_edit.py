@@ -99,7 +99,7 @@ class QwenImageEditPlusPolicy(QwenImageEditPolicy):
     A [`~diffusers.QwenImageEditPlusPipeline`] as a policy, with the arguments of [`PipelinePolicy`].
 
     As [`QwenImageEditPolicy`], with one image to edit. The language model sees it in a smaller size, made from the one
-    that the transformer sees. The pipeline samples one prompt at a time; the policy samples and trains them in batches.
+    that the transformer sees. The pipeline samples one prompt at a time; the policy samples and trains batches.
     """
 
     pipeline_class = QwenImageEditPlusPipeline
