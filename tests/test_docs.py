@@ -6,7 +6,7 @@ is replaced, and nothing else:
 
 | In the page | Here |
 | --- | --- |
-| `black-forest-labs/FLUX.1-dev`, `-Kontext-dev` on the Hub | the bundled tiny FLUX, so named in a Hub cache of the test |
+| `black-forest-labs/FLUX.1-dev`, `-Kontext-dev` on the Hub | the bundled tiny FLUX, so named in a Hub cache |
 | `hpsv2` and `pickscore` | small random weights in the layout of the published files, in that cache |
 | `you/flux-mixgrpo` on the Hub, the folder `output` | an untrained LoRA of the tiny FLUX, in folders of these names |
 | `"cuda"` | `"cpu"` |
