@@ -6,7 +6,7 @@ is replaced, and nothing else:
 
 | In the page | Here |
 | --- | --- |
-| `black-forest-labs/FLUX.1-dev` on the Hub | the bundled tiny FLUX, under that name in a Hub cache of the test |
+| `black-forest-labs/FLUX.1-dev`, `-Kontext-dev` on the Hub | the bundled tiny FLUX, so named in a Hub cache |
 | `hpsv2` and `pickscore` | small random weights in the layout of the published files, in that cache |
 | `you/flux-mixgrpo` on the Hub, the folder `output` | an untrained LoRA of the tiny FLUX, in folders of these names |
 | `"cuda"` | `"cpu"` |
@@ -31,7 +31,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from diffusers import FluxPipeline
+from diffusers import FluxKontextPipeline, FluxPipeline
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -85,6 +85,8 @@ def hub_cache(tmp_path_factory) -> Path:
     flux = repository("black-forest-labs/FLUX.1-dev")
     flux.rmdir()
     flux.symlink_to(toy.path())
+    kontext = FluxKontextPipeline(**toy.load().components)
+    kontext.save_pretrained(repository("black-forest-labs/FLUX.1-Kontext-dev"))
     hpsv2 = repository("xswu/HPSv2")
     for version in ("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt"):
         torch.save({"state_dict": original_weights()}, hpsv2 / version)

@@ -25,7 +25,7 @@ from .policies.adapters import check_peft_config
 from .policies.base import require_multiple
 from .policies.loading import check_source, load_pipeline
 from .policies.preparation import check_prepared, place_components, prepare_pipeline, rename_gradient_checkpointing
-from .policies.prompt_embeds import cache_prompts
+from .policies.prompt_embeds import Prompt, cache_prompts
 from .reports.logged_run import HISTORY_NAME, LoggedRun, read_run
 from .reports.model_card import mixgrpo_model_card
 from .reports.run_folder import RunFolder, run_facts, save_samples
@@ -35,7 +35,7 @@ from .rewards import load_reward
 from .rewards.runner import RewardFunc, RewardRunner, reward_names
 from .training.callbacks import IterationCallback, RewardProgressCallback
 from .training.checkpoints import ROLLOUT_NAME
-from .training.datasets import check_dataset, evaluations
+from .training.datasets import ImagePrompts, check_dataset, evaluations, open_images
 from .training.ema import EMAWeights
 from .training.engine import Engine, Rollout, TrainingBatch, make_scheduler
 from .training.evaluation import Evaluation, Evaluator
@@ -46,7 +46,7 @@ from .training.interruptions import Interruptions, StopOnAllRanks
 from .training.memory import find_pass_size
 from .training.metrics import MetricBuffer, by_place
 from .training.nonfinite import NonFiniteSteps, gradient_norm
-from .training.plan import IterationPlan, PromptDataset, PromptSampler, Row, prompts_of_run
+from .training.plan import IterationPlan, PromptDataset, PromptSampler, Row, indices_of_run, prompts_of_run
 from .training.preflight import preflight
 from .training.preflight_report import PreflightReport
 from .training.samples import Sample, SampleGroup, Samples, are_due, extreme_groups, fixed_rows, sample_fixed
@@ -78,7 +78,8 @@ class MixGRPOTrainer(HubTrainer):
         args ([`MixGRPOConfig`], *optional*):
             The configuration.
         train_dataset (`datasets.Dataset` or any sized, indexable collection of `dict`):
-            Rows with a `"prompt"`.
+            Rows with a `"prompt"`. A pipeline that edits images needs an `"image"` in each row, a PIL image or its
+            path; rewards then get the PIL images as `image`.
         eval_dataset (the same, or a `dict` of them by name, *optional*):
             Prompts for [`evaluate`].
         peft_config ([`~peft.LoraConfig`], *optional*):
@@ -152,7 +153,16 @@ class MixGRPOTrainer(HubTrainer):
             check_dataset(name, part)
         is_first = args.process_index == 0
         self._opened = repository_of(args).open() if args.push_to_hub and is_first else None
-        check_source(model, args, peft_config)
+        family = check_source(model, args, peft_config)
+        if family.takes_image:
+            pipeline = family.pipeline_class.__name__
+            if train_dataset is not None:
+                train_dataset = open_images("train_dataset", train_dataset, pipeline)
+            opened = {name: open_images(name, part, pipeline) for name, part in evaluations(eval_dataset).items()}
+            if isinstance(eval_dataset, dict):
+                eval_dataset = dict(zip(eval_dataset, opened.values(), strict=True))
+            elif eval_dataset is not None:
+                eval_dataset = opened["eval_dataset"]
 
         # 2. The rewards
         kwargs = args.reward_init_kwargs if isinstance(args.reward_init_kwargs, dict) else {}
@@ -233,9 +243,13 @@ class MixGRPOTrainer(HubTrainer):
         self._fixed_rows, self._fixed_seeds = self._rows_to_look_at()
         if args.cache_prompt_embeds:
             parts = [*evaluations(eval_dataset).values(), self._fixed_rows]
-            prompts = prompts_of_run(args, train_dataset, parts, self.accelerator.num_processes)
+            prompts: Sequence[Prompt]
+            if policy.takes_image:
+                prompts = self._prompts_with_images(parts)
+            else:
+                prompts = prompts_of_run(args, train_dataset, parts, self.accelerator.num_processes)
             # Of several processes on a machine the first one encodes, and the others read its files.
-            with args.main_process_first(desc="encoding the prompts"):
+            with args.main_process_first(desc="encoding the prompts"), self.engine.vae_on_device():
                 self.engine.encode = cache_prompts(policy, prompts, args.device).encode
         self.rollout: Rollout | None = None
         self.eval_rewards: torch.Tensor | None = None
@@ -245,6 +259,15 @@ class MixGRPOTrainer(HubTrainer):
         self._resumed_from: str | None = None
 
     # ---- Data ----
+
+    def _prompts_with_images(self, parts: Sequence[PromptDataset]) -> ImagePrompts:
+        """As [`~training.plan.prompts_of_run`], with the images to edit."""
+        places = []
+        if (dataset := self.train_dataset) is not None:
+            needed = indices_of_run(self.args, len(dataset), self.accelerator.num_processes)
+            places += [(dataset, i, self.engine.policy.fit_image) for i in needed]
+        places += [(part, i, self.evaluator.policy.fit_image) for part in parts for i in range(len(part))]
+        return ImagePrompts(places)
 
     def get_train_dataloader(self) -> DataLoader:
         # Overridden since a batch is the prompts of an iteration, not the images of a training batch.
@@ -494,6 +517,9 @@ class MixGRPOTrainer(HubTrainer):
                 "`eval_dataset` must have rows with a 'prompt', got None. Pass it here or to the trainer."
             )
         check_dataset("eval_dataset", eval_dataset)
+        is_own = any(eval_dataset is part for part in evaluations(self.eval_dataset).values())
+        if self.engine.policy.takes_image and not is_own:
+            eval_dataset = open_images("eval_dataset", eval_dataset, type(self.pipe).__name__)
         self._release_signals()
         evaluation, metrics = self._evaluate_weights(eval_dataset)
         self.eval_rewards = evaluation.rewards
@@ -501,7 +527,6 @@ class MixGRPOTrainer(HubTrainer):
             with self.ema.applied():
                 _, averaged = self._evaluate_weights(eval_dataset)
             metrics |= {f"ema_{name}": value for name, value in averaged.items()}
-        is_own = any(eval_dataset is part for part in evaluations(self.eval_dataset).values())
         if is_own and (guard := self._hacking_guard) is not None:
             metrics["alarms"] = len(guard.judge(metric_key_prefix, evaluation.series, self.args, self.state))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -526,7 +551,12 @@ class MixGRPOTrainer(HubTrainer):
             return False
         return super()._determine_best_metric(metrics, trial)
 
-    def sample_images(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[Image.Image]:
+    def sample_images(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        images: Sequence[Image.Image] | None = None,
+    ) -> list[Image.Image]:
         """
         Images of the current policy by the deterministic sampler, as `evaluate` scores them.
 
@@ -534,12 +564,13 @@ class MixGRPOTrainer(HubTrainer):
             prompts (`Sequence[str]` of length `n`): The prompts.
             seeds (`Sequence[int]` of length `n`, *optional*): Their seeds. Defaults to those of evaluation:
                 `eval_seed + i`.
+            images (`Sequence[PIL.Image.Image]` of length `n`, *optional*): The images to edit, for pipelines that do.
 
         Returns:
             `list[PIL.Image.Image]` of length `n`: those of the stock pipeline with the same prompts and generators.
         """
         seeds = [self.args.eval_seed + i for i in range(len(prompts))] if seeds is None else seeds
-        return self.evaluator.sample_images(prompts, seeds, self._inference_model)
+        return self.evaluator.sample_images(prompts, seeds, self._inference_model, images=images)
 
     def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not part of this trainer, whose model predicts velocities: see [`sample_images`] and [`evaluate`]."""

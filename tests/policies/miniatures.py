@@ -1,8 +1,12 @@
-"""Miniature pipelines with random weights, one per family that is not FLUX.1. Their images are of 32x32 pixels."""
+"""
+Miniature pipelines with random weights, one per family that is not FLUX.1. Their images are of 32x32 pixels; those of
+Qwen-Image-Edit are of 64x64.
+"""
 
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from diffusers import (
@@ -14,7 +18,10 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -38,6 +45,8 @@ from transformers import (
     ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -56,12 +65,15 @@ TEMPLATE_WORDS = re.findall(
 )
 
 
-def chat_tokenizer() -> PreTrainedTokenizerFast:
+def chat_tokenizer(
+    template_words: Iterable[str] = TEMPLATE_WORDS, more_special: Iterable[str] = ()
+) -> PreTrainedTokenizerFast:
     """Reads the words of chat templates as one token each, and other words letter by letter."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more_special]
     letters = list(string.ascii_letters)
-    words = [*special, "[UNK]", "\n", *letters, *(f"##{letter}" for letter in letters), *dict.fromkeys(TEMPLATE_WORDS)]
-    tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    words = [*special, "[UNK]", "\n", *letters, *(f"##{letter}" for letter in letters), *template_words]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
     newlines = Split(Regex("\n"), "isolated")
     tokenizer.pre_tokenizer = Sequence([Split(" ", "removed"), newlines, Punctuation()])
     fast = PreTrainedTokenizerFast(
@@ -348,4 +360,111 @@ MINIATURES: dict[str, Callable[..., DiffusionPipeline]] = {
     "qwen-image": build_qwen_image,
     "stable-diffusion-3": build_sd3,
     "z-image": build_z_image,
+}
+
+
+# ---- Image editing ----
+
+
+EDIT_WORDS = re.findall(
+    "[A-Za-z]+|[^A-Za-z ]",
+    "system user assistant Describe the key features of the input image (color, shape, size, texture, objects, "
+    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
+    "that meets the user's requirements while maintaining consistency with the original input where appropriate. "
+    "Picture 1:",
+)
+VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+
+
+class StillImageProcessor(Qwen2VLProcessor):
+    """Without its part for videos, which would need torchvision."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None) -> None:
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(VISION[2:])
+        ProcessorMixin.__init__(self, image_processor, tokenizer)
+
+
+def build_flux_kontext(seed: int = 0) -> FluxKontextPipeline:
+    """FLUX.1-Kontext: the parts of the miniature FLUX.1."""
+    return quiet(FluxKontextPipeline(**build_pipeline(seed).components))
+
+
+def build_qwen_image_edit(
+    seed: int = 0, pipeline: type[DiffusionPipeline] = QwenImageEditPipeline
+) -> QwenImageEditPipeline | QwenImageEditPlusPipeline:
+    """
+    Qwen-Image-Edit: 4 packed tokens of 16 for an image, since its VAE scales down 16 times. The image to edit is of
+    about 1024x1024 pixels as in the large model: 1024 tokens, and at most 4 in the language model.
+    """
+    torch.manual_seed(seed)
+    tokenizer = chat_tokenizer(EDIT_WORDS, VISION)
+    ids = dict(zip(VISION, tokenizer.convert_tokens_to_ids(VISION), strict=True))
+    processor = StillImageProcessor(
+        image_processor=Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 4 * 28 * 28}),
+        tokenizer=tokenizer,
+    )
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
+        },
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    text_encoder = Qwen2_5_VLForConditionalGeneration(config)
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 4, 4),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=16,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1, 1],
+        num_res_blocks=0,
+        temperal_downsample=[False] * 4,
+        latents_mean=[0.01, -0.02, 0.03, -0.04],
+        latents_std=[0.08, 0.11, 0.14, 0.09],
+    )
+    with torch.no_grad():  # so that images depend on the latents, which small random biases would outweigh
+        for name, parameter in vae.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+        vae.decoder.conv_out.weight.mul_(4)
+    return quiet(
+        pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=vae.eval(),
+            text_encoder=text_encoder.eval(),
+            tokenizer=tokenizer,
+            processor=processor,
+            transformer=transformer.eval(),
+        )
+    )
+
+
+def build_qwen_image_edit_plus(seed: int = 0) -> QwenImageEditPlusPipeline:
+    """Qwen-Image-Edit-Plus: the parts of the miniature Qwen-Image-Edit."""
+    return build_qwen_image_edit(seed, QwenImageEditPlusPipeline)
+
+
+EDITING: dict[str, Callable[..., DiffusionPipeline]] = {
+    "flux-kontext": build_flux_kontext,
+    "qwen-image-edit": build_qwen_image_edit,
+    "qwen-image-edit-plus": build_qwen_image_edit_plus,
 }

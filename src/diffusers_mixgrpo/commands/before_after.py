@@ -4,6 +4,7 @@ import math
 import os
 import random
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,10 @@ class Evaluation:
 
 @dataclass
 class Example:
-    """One held-out prompt before and after training. `index` is its place in the dataset."""
+    """
+    One held-out prompt before and after training. `index` is its place in the dataset; `condition` is the image that
+    was edited, if there is one.
+    """
 
     group: str
     index: int
@@ -52,6 +56,7 @@ class Example:
     after: Image.Image
     score_before: float
     score_after: float
+    condition: Image.Image | None = None
 
 
 def evaluate(trainer: MixGRPOTrainer) -> Evaluation:
@@ -63,7 +68,8 @@ def evaluate(trainer: MixGRPOTrainer) -> Evaluation:
     scores = combine_rewards(trainer.eval_rewards, trainer.engine.reward_weights).tolist()
     first_images = []
     if not trainer.weights.is_lora:
-        first_images = trainer.sample_images(held_out_prompts(trainer)[:NUM_FIRST])
+        assert not isinstance(trainer.eval_dataset, (dict, type(None)))
+        first_images = _sample(trainer, range(min(NUM_FIRST, len(trainer.eval_dataset))))
     return Evaluation(metrics, scores, first_images)
 
 
@@ -74,7 +80,6 @@ def sample_examples(trainer: MixGRPOTrainer, before: Evaluation, after: Evaluati
     With a LoRA the prompts are those of [`choose_examples`], since the images from before training can be sampled
     afterwards, without the LoRA. Full fine-tuning changes the weights themselves: there they are the first prompts.
     """
-    prompts = held_out_prompts(trainer)
     if trainer.weights.is_lora:
         groups = choose_examples(before.scores, after.scores)
     else:
@@ -82,29 +87,40 @@ def sample_examples(trainer: MixGRPOTrainer, before: Evaluation, after: Evaluati
     indices = [index for group in groups.values() for index in group]
     if not indices:
         return []
+    assert not isinstance(trainer.eval_dataset, (dict, type(None)))
     images_before, images_after = before.first_images, after.first_images
     if trainer.weights.is_lora:
-        chosen = [prompts[index] for index in indices]
-        seeds = [trainer.args.eval_seed + index for index in indices]
-        images_after = trainer.sample_images(chosen, seeds)
+        images_after = _sample(trainer, indices)
         with hybrid_inference(trainer.pipe, trained_ratio=0):
-            images_before = trainer.sample_images(chosen, seeds)
+            images_before = _sample(trainer, indices)
+    policy = trainer.evaluator.policy
     images = zip(images_before, images_after, strict=True)
     examples = []
     for group, members in groups.items():
         for index in members:
             image_before, image_after = next(images)
+            row = trainer.eval_dataset[index]
             example = Example(
                 group=group,
                 index=index,
-                prompt=prompts[index],
+                prompt=row["prompt"],
                 before=image_before,
                 after=image_after,
                 score_before=before.scores[index],
                 score_after=after.scores[index],
+                condition=policy.fit_image(row["image"]) if policy.takes_image else None,
             )
             examples.append(example)
     return examples
+
+
+def _sample(trainer: MixGRPOTrainer, indices: Sequence[int]) -> list[Image.Image]:
+    """Images of held-out prompts with the seeds of the evaluation."""
+    assert not isinstance(trainer.eval_dataset, (dict, type(None)))
+    rows = [trainer.eval_dataset[index] for index in indices]
+    images = [row["image"] for row in rows] if trainer.evaluator.policy.takes_image else None
+    seeds = [trainer.args.eval_seed + index for index in indices]
+    return trainer.sample_images([row["prompt"] for row in rows], seeds, images)
 
 
 def choose_examples(before: list[float], after: list[float]) -> dict[str, list[int]]:
@@ -132,22 +148,25 @@ def held_out_prompts(trainer: MixGRPOTrainer) -> list[str]:
 
 
 def draw_before_after(examples: list[Example], output_dir: str) -> None:
-    """`before_after.png`: each prompt's images before and after training, and their rewards."""
+    """`before_after.png`: each prompt's images before and after training, and their rewards; first the one edited."""
     columns = min(4, len(examples))
     rows = math.ceil(len(examples) / columns)
-    figure = plt.figure(figsize=(2.5 * columns, 1.95 * rows + 0.3), layout="constrained")
+    parts = 2 if examples[0].condition is None else 3
+    figure = plt.figure(figsize=(1.25 * parts * columns, 1.95 * rows + 0.3), layout="constrained")
     panels = figure.subfigures(rows, columns, squeeze=False, hspace=0.04, wspace=0.03).flatten()
     titles = [_example_title(example) for example in examples]
     most_lines = max(title.count("\n") for title in titles)
     for panel, example, title in zip(panels, examples, titles, strict=False):
         panel.set_facecolor(GROUP_COLORS[example.group])
         panel.suptitle(title + "\n" * (most_lines - title.count("\n")), fontsize=8.5)
-        left, right = panel.subplots(1, 2)
+        *first, left, right = panel.subplots(1, parts)
+        if example.condition is not None:
+            _show(first[0], example.condition, "image to edit", math.nan)
         _show(left, example.before, "before", example.score_before)
         _show(right, example.after, "after", example.score_after)
     has_rule = any(example.group != FIRST for example in examples)
     note = f"{CHOICE_RULE if has_rule else FIRST}. Numbers are rewards."
-    figure.supxlabel(textwrap.fill(note, 36 * columns), fontsize=8.5)
+    figure.supxlabel(textwrap.fill(note, 18 * parts * columns), fontsize=8.5)
     figure.savefig(os.path.join(output_dir, "before_after.png"), dpi=160)
     plt.close(figure)
 

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import Dataset
 from trl import TrlParser
 
 from .. import argument_rules as must_be
 
 
 TOY_CONFIGURATION = Path(__file__).parent / "configs" / "toy.yaml"
+# Ending of a file -> what reads it as a dataset
+DATASET_READERS = {".json": Dataset.from_json, ".jsonl": Dataset.from_json, ".csv": Dataset.from_csv}
 
 
 def flag(help: str, default: Any = None) -> Any:

@@ -32,7 +32,9 @@ from ..policies import PipelinePolicy, policy_class
 from ..reports.sample_grid import Block, Tile, draw_grid, number, readable
 from ..rewards import load_reward
 from ..rewards.runner import RewardRunner
-from .command_line import TOY_CONFIGURATION, flag, parse, read_yaml
+from ..training.datasets import open_images
+from ..training.plan import PromptDataset
+from .command_line import DATASET_READERS, TOY_CONFIGURATION, flag, parse, read_yaml
 
 
 SAMPLING_ARGUMENTS = (
@@ -40,7 +42,6 @@ SAMPLING_ARGUMENTS = (
     *("guidance_scale", "max_sequence_length", "negative_prompt"),
 )
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
-DATASET_READERS = {".json": Dataset.from_json, ".jsonl": Dataset.from_json, ".csv": Dataset.from_csv}
 NUM_GRID_PROMPTS = 16
 NUM_PENDING_IMAGES = 128  # kept in memory until they are scored
 
@@ -111,6 +112,9 @@ def main(argv: list[str] | None = None) -> None:
     rows = load_rows(args)
     runner = RewardRunner(load_rewards(args), device=device)
     pipe = load_pipeline(args, device)
+    rows_with_images: PromptDataset = rows
+    if sampling_policy(pipe, args).takes_image:
+        rows_with_images = open_images("prompts", rows, type(pipe).__name__)
     base_transformer = pipe.transformer
     load_trained_weights(args, pipe)
     trained_transformer = pipe.transformer
@@ -135,7 +139,9 @@ def main(argv: list[str] | None = None) -> None:
                 full_base = base_transformer.to(device) if args.transformer else None
                 context = hybrid_inference(pipe, args.cutoff_step_ratio, base_transformer=full_base)
             with context:
-                scores[variant], images[variant] = generate_and_score(pipe, rows, runner, args, progress_bar)
+                scores[variant], images[variant] = generate_and_score(
+                    pipe, rows_with_images, runner, args, progress_bar
+                )
 
     # 3. Compare prompt by prompt, and write the results
     if args.compare_base:
@@ -247,7 +253,7 @@ def sampling_policy(pipe: DiffusionPipeline, args: EvaluationArguments) -> Pipel
 
 def generate_and_score(
     pipe: DiffusionPipeline,
-    rows: list[dict[str, Any]],
+    rows: PromptDataset,
     runner: RewardRunner,
     args: EvaluationArguments,
     progress_bar: tqdm,
@@ -257,12 +263,14 @@ def generate_and_score(
     first_images: list[Image.Image] = []
     num_pending = 0
     policy = sampling_policy(pipe, args)
-    for start in range(0, len(rows), args.batch_size):
-        batch = rows[start : start + args.batch_size]
-        end = start + len(batch)
+    size = args.batch_size if policy.takes_batches else 1
+    for start in range(0, len(rows), size):
+        end = min(start + size, len(rows))
+        batch = [rows[i] for i in range(start, end)]
+        edited = [row["image"] for row in batch] if policy.takes_image else None
         images = pipe(
             generator=[torch.Generator().manual_seed(args.seed + i) for i in range(start, end)],
-            **policy.arguments_of([row["prompt"] for row in batch]),
+            **policy.arguments_of([row["prompt"] for row in batch], edited),
         ).images
         runner.start(batch, images)
         num_pending += len(batch)

@@ -25,7 +25,7 @@ from ..mixgrpo_config import MixGRPOConfig
 from ..mixgrpo_trainer import MixGRPOTrainer
 from ..reports.html_report import write_report
 from .before_after import Evaluation, draw_before_after, evaluate, sample_examples
-from .command_line import TOY_CONFIGURATION, flag, parse
+from .command_line import DATASET_READERS, TOY_CONFIGURATION, flag, parse
 from .figures import draw_by_window, draw_reward_curve
 from .summary import check_reload, in_words, write_summary
 
@@ -43,7 +43,9 @@ class ScriptArguments:
         default_factory=list,
         metadata={"help": "Rewards that are never trained on, only called in evaluations; higher must be better."},
     )
-    dataset_name: str | None = flag("Text file with one prompt per line, or a dataset with a column 'prompt'.")
+    dataset_name: str | None = flag(
+        "Text file with one prompt per line; .json, .jsonl or .csv, a folder or a dataset with a column 'prompt'."
+    )
     num_eval_prompts: int | None = flag("Number of held-out prompts. A tenth of all, at most 64, if unset.")
     lora_rank: int = flag("Rank of the LoRA; 0 trains all weights.", 64)
     lora_alpha: int = flag("Scale of the LoRA.", 128)
@@ -136,10 +138,12 @@ def load_prompts(script: ScriptArguments) -> tuple[Dataset, Dataset | None]:
         count = 200 if count is None else count
         train = Dataset.from_dict({"prompt": toy.prompts("train")})
         return train, Dataset.from_dict({"prompt": toy.prompts("test", count)}) if count else None
-    if os.path.isfile(name):
+    if os.path.isfile(name) and (read := DATASET_READERS.get(Path(name).suffix)):
+        dataset = read(name)
+    elif os.path.isfile(name):
         lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
         dataset = Dataset.from_dict({"prompt": [line for line in dict.fromkeys(lines) if line]})
-    elif name.endswith((".txt", ".csv", ".json")):
+    elif name.endswith((".txt", *DATASET_READERS)):
         raise FileNotFoundError(f"`dataset_name` must be a file, got {name!r} (working directory: {os.getcwd()}).")
     else:
         dataset = load_dataset(name, split="train")

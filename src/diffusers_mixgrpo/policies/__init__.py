@@ -12,8 +12,11 @@ from .base import PipelinePolicy
 # Class of the diffusers pipeline -> module and class of its policy
 FAMILIES = {
     "FluxPipeline": ("flux", "FluxPolicy"),
+    "FluxKontextPipeline": ("flux_kontext", "FluxKontextPolicy"),
     "Flux2Pipeline": ("flux2", "Flux2Policy"),
     "Flux2KleinPipeline": ("flux2", "Flux2KleinPolicy"),
+    "QwenImageEditPipeline": ("qwen_image_edit", "QwenImageEditPolicy"),
+    "QwenImageEditPlusPipeline": ("qwen_image_edit", "QwenImageEditPlusPolicy"),
     "QwenImagePipeline": ("qwen_image", "QwenImagePolicy"),
     "StableDiffusion3Pipeline": ("stable_diffusion_3", "StableDiffusion3Policy"),
     "ZImagePipeline": ("z_image", "ZImagePolicy"),

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -61,6 +61,10 @@ class PipelinePolicy(abc.ABC):
     """The negative prompt unless there is another one; `None` for pipelines that take none."""
     optional_parts: ClassVar[Sequence[str]] = ()
     """Models that the pipeline can do without."""
+    takes_image: ClassVar[bool] = False
+    """Whether the pipeline edits an image: the column `image` of a dataset then conditions the policy."""
+    takes_batches: ClassVar[bool] = True
+    """Whether the pipeline's `__call__` takes several prompts."""
 
     def __init__(
         self,
@@ -111,12 +115,19 @@ class PipelinePolicy(abc.ABC):
         """Shape of one image's latents."""
 
     @abc.abstractmethod
-    def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> Conditioning:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] | None = None,
+        device: torch.device | None = None,
+    ) -> Conditioning:
         """
-        Encode `B` prompts with the pipeline's text encoders.
+        Encode `B` prompts with the pipeline's text encoders, and their images if it edits images.
 
         Args:
             prompts (`Sequence[str]` of length `B`): The prompts.
+            images (`Sequence[PIL.Image.Image]` of length `B`, *optional*): The images to edit, as [`fit_image`] makes
+                them. Only for families with `takes_image`.
             device (`torch.device`, *optional*): Where to encode. Defaults to the transformer's device.
         """
 
@@ -150,6 +161,11 @@ class PipelinePolicy(abc.ABC):
     def default_size(self) -> int:
         """Height and width in pixels unless they are given."""
         return self.pipe.default_sample_size * self.pipe.vae_scale_factor
+
+    @property
+    def condition_size(self) -> tuple[int, int]:
+        """Width and height in pixels of the images to edit: those that the pipeline encodes."""
+        return self.width, self.height
 
     @property
     def is_guided(self) -> bool:
@@ -199,12 +215,23 @@ class PipelinePolicy(abc.ABC):
             arguments["negative_prompt"] = self.negative_prompt
         return arguments
 
-    def arguments_of(self, prompts: Sequence[str]) -> dict[str, Any]:
+    def arguments_of(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Any]:
         """The arguments with which the pipeline's `__call__` makes the policy's images of several prompts."""
         arguments = self.call_arguments | {"prompt": list(prompts)}
+        if images is not None:
+            arguments["image"] = [self.fit_image(image) for image in images]
         if "negative_prompt" in arguments:
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
         return arguments
+
+    def fit_image(self, image: Image.Image) -> Image.Image:
+        """
+        An image to edit at [`condition_size`], so that all of a run have the same number of tokens.
+
+        It is cropped around its center where its aspect ratio is another one. One with the aspect ratio of
+        `condition_size` is resized as diffusers does it.
+        """
+        return ImageOps.fit(image.convert("RGB"), self.condition_size, Image.Resampling.LANCZOS)
 
     def with_sampling(
         self, num_inference_steps: int | None = None, height: int | None = None, width: int | None = None
@@ -282,6 +309,24 @@ class PackedPolicy(PipelinePolicy):
     @property
     def _patches(self) -> tuple[int, int]:
         return self.height // self.size_multiple, self.width // self.size_multiple
+
+    @property
+    def _condition_patches(self) -> tuple[int, int]:
+        width, height = self.condition_size
+        return height // self.size_multiple, width // self.size_multiple
+
+    def _image_latents(self, images: Sequence[Image.Image]) -> Tensor:
+        """
+        Images to edit as packed tokens of shape `(B, L', C)`, where and in which dtype the VAE is.
+
+        One by one, as the pipelines encode them: so they are the same numbers in each batch.
+        """
+        vae = self.pipe.vae
+        pixels = self.pipe.image_processor.preprocess(list(images)).to(vae.device, vae.dtype)
+        if vae.encoder.conv_in.weight.ndim == 5:  # a VAE of videos
+            pixels = pixels.unsqueeze(2)
+        latents = self.pipe._encode_vae_image(pixels, [None] * len(images))
+        return self.pipe._pack_latents(latents, *latents.shape[:2], *latents.shape[-2:])
 
 
 def require_all_parts(

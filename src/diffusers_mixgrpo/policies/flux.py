@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
 from torch import Tensor, nn
 
 from ..core.policy import Conditioning
@@ -60,7 +61,12 @@ class FluxPolicy(PackedPolicy):
     _kept_image_ids: Tensor | None = None
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> Conditioning:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] | None = None,
+        device: torch.device | None = None,
+    ) -> Conditioning:
         prompt_embeds, pooled_prompt_embeds, text_ids = self.pipe.encode_prompt(
             prompt=list(prompts),
             prompt_2=None,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -64,7 +65,12 @@ class Flux2Policy(PackedPolicy):
         return {name: getattr(part, "tokenizer", part) for name, part in super().tokenizers.items()}
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> Conditioning:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] | None = None,
+        device: torch.device | None = None,
+    ) -> Conditioning:
         embeds, text_ids = self._encode(list(prompts), self.device if device is None else device)
         return Conditioning({"prompt_embeds": embeds}, {"text_ids": text_ids})
 
@@ -153,8 +159,13 @@ class Flux2KleinPolicy(Flux2Policy):
         return self.guidance_scale > 1 and not self.pipe.config.is_distilled
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> Conditioning:
-        conditioning = super().encode(prompts, device)
+    def encode(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] | None = None,
+        device: torch.device | None = None,
+    ) -> Conditioning:
+        conditioning = super().encode(prompts, device=device)
         if not self.is_guided:
             return conditioning
         negative, _ = self._encode([""] * len(prompts), self.device if device is None else device)

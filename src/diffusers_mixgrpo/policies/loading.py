@@ -19,7 +19,7 @@ from transformers.utils.logging import set_tqdm_hook
 from ..core.scheduler_configs import flow_matching_config
 from ..mixgrpo_config import MixGRPOConfig
 from . import FAMILIES, policy_class
-from .base import require_all_parts
+from .base import PipelinePolicy, require_all_parts
 from .lora_targets import check_targets
 
 
@@ -34,7 +34,7 @@ NO_FULL_FINE_TUNING = (
 
 def check_source(
     model: DiffusionPipeline | str | os.PathLike, settings: MixGRPOConfig, peft_config: PeftConfig | None = None
-) -> None:
+) -> type[PipelinePolicy]:
     """
     Check that a pipeline can be trained, from its small files alone if it is not loaded yet.
 
@@ -43,6 +43,9 @@ def check_source(
         settings ([`MixGRPOConfig`]): The configuration.
         peft_config ([`~peft.LoraConfig`], *optional*): The LoRA that its transformer will get.
 
+    Returns:
+        `type`: The policy of the pipeline's family.
+
     Raises:
         `FileNotFoundError`: If there is no such folder or repository, or it cannot be read.
         `TypeError`: If the pipeline's family is not supported, or its transformer is one of another family.
@@ -50,9 +53,9 @@ def check_source(
             layers that the transformer does not have.
     """
     if not isinstance(model, (str, os.PathLike)):
-        _check_loaded(model)
-        _check_lora(model.transformer, peft_config, policy_class(type(model).__name__).lora_target_modules)
-        return
+        policy = _check_loaded(model)
+        _check_lora(model.transformer, peft_config, policy.lora_target_modules)
+        return policy
     name = os.path.expanduser(os.fspath(model))
     init_kwargs, hub_kwargs = _init_kwargs(settings)
     config = _pipeline_config(name, hub_kwargs)
@@ -70,6 +73,7 @@ def check_source(
     if peft_config is not None:
         transformer = init_kwargs.get("transformer") or _skeleton(name, pipeline_class, hub_kwargs)
         _check_lora(transformer, peft_config, policy.lora_target_modules)
+    return policy
 
 
 def _check_lora(transformer: nn.Module, peft_config: PeftConfig | None, own_targets: Sequence[str]) -> None:
@@ -88,7 +92,7 @@ def _skeleton(name: str, pipeline_class: type[DiffusionPipeline], hub_kwargs: di
         return kind.from_config({key: value for key, value in config.items() if key != "quantization_config"})
 
 
-def _check_loaded(pipe: DiffusionPipeline) -> None:
+def _check_loaded(pipe: DiffusionPipeline) -> type[PipelinePolicy]:
     # `FluxPipeline.from_pretrained` gives a FluxPipeline of any family's parts, with a line in the log.
     policy = policy_class(type(pipe).__name__)
     kinds = policy.pipeline_class._get_signature_types()["transformer"]
@@ -102,6 +106,7 @@ def _check_loaded(pipe: DiffusionPipeline) -> None:
         )
     require_all_parts(type(pipe), pipe.components, policy.optional_parts)
     flow_matching_config(pipe.scheduler.config)
+    return policy
 
 
 def load_pipeline(

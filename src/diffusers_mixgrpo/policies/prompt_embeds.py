@@ -1,6 +1,8 @@
 """
 Prompts that are encoded once and kept on disk, while the text encoders leave the device.
 
+Where a pipeline edits images, a prompt stands for the prompt and its image here.
+
 The files lie in the cache of datasets (`HF_DATASETS_CACHE`), in a folder named after the content of everything that
 they depend on. A later run with the same text encoders reads them, and adds prompts that are new.
 """
@@ -19,6 +21,7 @@ from datasets import Dataset, Features, Value
 from datasets.fingerprint import Hasher
 from diffusers.training_utils import free_memory
 from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -27,6 +30,9 @@ from .base import PipelinePolicy
 
 
 logger = logging.get_logger(__name__)
+
+Prompt = str | tuple[str, Image.Image]
+"""A prompt, or one with the image to edit, as [`PipelinePolicy.fit_image`] makes it."""
 
 # Arrow has no bfloat16, so a prompt's tensors are the bytes of a safetensors file.
 FEATURES = Features({"prompt": Value("string"), "tensors": Value("binary")})
@@ -42,7 +48,7 @@ class CachedPrompts:
 
     Args:
         policy ([`PipelinePolicy`]): The policy. Its text encoders come to the device only for prompts not on disk.
-        shards (`Iterable[datasets.Dataset]`): Rows of a `"prompt"` and its `"tensors"`.
+        shards (`Iterable[datasets.Dataset]`): Rows of a `"prompt"`, as [`key_of`] writes it, and its `"tensors"`.
         device (`torch.device`): Where encoded prompts are returned, and others are encoded.
 
     Example:
@@ -56,23 +62,24 @@ class CachedPrompts:
     def __init__(self, policy: PipelinePolicy, shards: Iterable[Dataset], device: torch.device) -> None:
         self.policy = policy
         self.device = device
-        self._places = {prompt: (shard, i) for shard in shards for i, prompt in enumerate(shard["prompt"])}
+        self._places = {key: (shard, i) for shard in shards for i, key in enumerate(shard["prompt"])}
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def __contains__(self, prompt: str) -> bool:
-        return prompt in self._places
+    def __contains__(self, prompt: Prompt) -> bool:
+        return key_of(prompt) in self._places
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> Conditioning:
         """The conditioning of `B` prompts: [`PipelinePolicy.encode`]."""
-        if all(prompt in self for prompt in prompts):
-            return Conditioning.concatenate([self._read(prompt) for prompt in prompts]).to(self.device)
+        keys = [key_of(prompt) for prompt in (prompts if images is None else zip(prompts, images, strict=True))]
+        if all(key in self._places for key in keys):
+            return Conditioning.concatenate([self._read(key) for key in keys]).to(self.device)
         with text_encoders_on(self.policy, self.device):
-            return self.policy.encode(prompts, self.device)
+            return self.policy.encode(prompts, images, self.device)
 
-    def _read(self, prompt: str) -> Conditioning:
-        shard, i = self._places[prompt]
+    def _read(self, key: str) -> Conditioning:
+        shard, i = self._places[key]
         parts: dict[str, dict[str, torch.Tensor]] = {"rows": {}, "shared": {}}
         for key, tensor in safetensors.torch.load(shard[i]["tensors"]).items():
             part, name = key.split(".")
@@ -81,7 +88,7 @@ class CachedPrompts:
 
 
 def cache_prompts(
-    policy: PipelinePolicy, prompts: Iterable[str], device: torch.device, folder: str | None = None
+    policy: PipelinePolicy, prompts: Sequence[Prompt], device: torch.device, folder: str | None = None
 ) -> CachedPrompts:
     """
     Encode prompts unless they are on disk, and move the text encoders to the CPU.
@@ -91,7 +98,8 @@ def cache_prompts(
 
     Args:
         policy ([`PipelinePolicy`]): The policy that encodes.
-        prompts (`Iterable[str]`): The prompts; they may repeat.
+        prompts (`Sequence[str]` or `Sequence[tuple[str, PIL.Image.Image]]`): The prompts, or the prompts with their
+            images; they may repeat. Those that are not on disk are read twice.
         device (`torch.device`): Where to encode.
         folder (`str`, *optional*): Where the files are. Defaults to the [`cache_folder`] of these text encoders.
 
@@ -101,13 +109,19 @@ def cache_prompts(
     folder = cache_folder(policy) if folder is None else folder
     shards = [Dataset.from_file(str(file)) for file in sorted(Path(folder).glob("*.arrow"))]
     known = CachedPrompts(policy, shards, device)
-    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+    places: dict[str, int] = {}
+    for i, prompt in enumerate(prompts):
+        if prompt not in known:
+            places.setdefault(key_of(prompt), i)
+    new = list(places)
     if not new:
         move_text_encoders(policy, torch.device("cpu"))
         return known
 
     def encode(row: dict[str, str]) -> dict[str, bytes]:
-        conditioning = policy.encode([row["prompt"]], device)
+        prompt = prompts[places[row["prompt"]]]
+        text, images = (prompt, None) if isinstance(prompt, str) else (prompt[0], [prompt[1]])
+        conditioning = policy.encode([text], images, device)
         tensors = {f"rows.{name}": tensor.contiguous() for name, tensor in conditioning.rows.items()}
         tensors |= {f"shared.{name}": tensor.contiguous() for name, tensor in conditioning.shared.items()}
         return {"tensors": safetensors.torch.save(tensors)}
@@ -124,6 +138,14 @@ def cache_prompts(
             desc="Encoding prompts",
         )
     return CachedPrompts(policy, [*shards, shard], device)
+
+
+def key_of(prompt: Prompt) -> str:
+    """A prompt by the name that it has on disk: its text, and before it a hash of the pixels of its image."""
+    if isinstance(prompt, str):
+        return prompt
+    text, image = prompt
+    return f"{Hasher.hash_bytes([image.mode.encode(), repr(image.size).encode(), image.tobytes()])} {text}"
 
 
 # ---- Where the text encoders are ----
@@ -159,16 +181,17 @@ def cache_folder(policy: PipelinePolicy) -> str:
     The folder of the embeddings of a policy's text encoders, named after a hash of everything that they depend on.
 
     This is the weights of the encoders with their dtypes, their configurations, adapters, tokenizers, the number of
-    tokens, and the negative prompt. The device and the versions of libraries, which may round differently, are not
-    included.
+    tokens, and the negative prompt; where images are edited, the VAE and the images' processor too. The device and the
+    versions of libraries, which may round differently, are not included.
 
     Raises:
         `ValueError`: If the weights are offloaded and not in memory.
     """
     negative_prompt = policy.negative_prompt if policy.is_guided else None
     content: list[Any] = [FORMAT, type(policy).__name__, policy.max_sequence_length, policy.is_guided, negative_prompt]
-    for name, encoder in policy.text_encoders.items():
-        config = {key: value for key, value in encoder.config.to_dict().items() if key not in NOT_CONTENT}
+    encoders = policy.text_encoders | ({"vae": policy.pipe.vae} if policy.takes_image else {})
+    for name, encoder in encoders.items():
+        config = {key: value for key, value in _config_of(encoder).items() if key not in NOT_CONTENT}
         content += [name, type(encoder).__name__, json.dumps(config, sort_keys=True, default=str)]
         for key, value in encoder.state_dict().items():
             if isinstance(value, torch.Tensor) and value.is_meta:
@@ -182,8 +205,15 @@ def cache_folder(policy: PipelinePolicy) -> str:
         content += [(layer.scaling, layer.active_adapters, layer.disable_adapters) for layer in layers]
     for name, tokenizer in policy.tokenizers.items():
         content += [name, type(tokenizer).__name__, tokenizer.model_max_length, _rules(tokenizer)]
+    if (processor := getattr(policy.pipe, "processor", None)) is not None:
+        content += ["processor", _rules(processor.tokenizer), processor.image_processor.to_json_string()]
     fingerprint = Hasher.hash_bytes(repr(content).encode())
     return os.path.join(datasets.config.HF_DATASETS_CACHE, "diffusers_mixgrpo", fingerprint)
+
+
+def _config_of(model: Any) -> dict[str, Any]:
+    config = model.config  # one of transformers, or a dictionary of diffusers
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
 def _hash(value: Any) -> str:

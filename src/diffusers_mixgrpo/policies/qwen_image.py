@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -54,18 +55,33 @@ class QwenImagePolicy(PackedPolicy):
         return self.guidance_scale > 1
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> Conditioning:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] | None = None,
+        device: torch.device | None = None,
+    ) -> Conditioning:
         device = self.device if device is None else device
-        limit = self.max_sequence_length
-        embeds, mask = self.pipe.encode_prompt(list(prompts), device, max_sequence_length=limit)
+        embeds, mask = self._embed(prompts, images, device)
         if mask is None:  # all are of one length
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        missing = limit - embeds.shape[1]
+        missing = self._sequence_length - embeds.shape[1]
         rows = {"prompt_embeds": pad(embeds, (0, 0, 0, missing)), "prompt_mask": pad(mask, (0, missing))}
         if self.is_guided:
-            negative = [self.negative_prompt] * len(prompts)
-            rows["negative_prompt_embeds"], _ = self.pipe.encode_prompt(negative, device, max_sequence_length=limit)
+            negative = [self.negative_prompt or ""] * len(prompts)
+            rows["negative_prompt_embeds"], _ = self._embed(negative, images, device)
         return Conditioning(rows)
+
+    @property
+    def _sequence_length(self) -> int:
+        """Tokens that each prompt is padded to."""
+        return self.max_sequence_length
+
+    def _embed(
+        self, prompts: Sequence[str], images: Sequence[Image.Image] | None, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of shape `(B, S, D)`, padded to the longest prompt, and their mask if they differ in length."""
+        return self.pipe.encode_prompt(list(prompts), device, max_sequence_length=self.max_sequence_length)
 
     def prepare_latents(self, generators: list[torch.Generator]) -> Tensor:
         return self.pipe.prepare_latents(
@@ -91,7 +107,7 @@ class QwenImagePolicy(PackedPolicy):
         self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, transformer: nn.Module | None = None
     ) -> Tensor:
         own = self.pipe.transformer
-        hidden_states = latents.to(conditioning.rows["prompt_embeds"].dtype)
+        hidden_states = self._tokens(latents, conditioning)
         batch_size = len(hidden_states)
 
         def predict(prompt_embeds: Tensor, mask: Tensor | None, cache: str) -> Tensor:
@@ -102,10 +118,10 @@ class QwenImagePolicy(PackedPolicy):
                     guidance=None,
                     encoder_hidden_states_mask=mask,
                     encoder_hidden_states=prompt_embeds,
-                    img_shapes=[[(1, *self._patches)]] * batch_size,
+                    img_shapes=[self._image_shapes] * batch_size,
                     attention_kwargs={},
                     return_dict=False,
-                )[0].to(latents.dtype)
+                )[0][:, : latents.shape[1]].to(latents.dtype)
 
         rows = conditioning.rows
         velocity = predict(rows["prompt_embeds"], rows["prompt_mask"], "cond")
@@ -115,6 +131,15 @@ class QwenImagePolicy(PackedPolicy):
             norm, guided_norm = (torch.norm(value, dim=-1, keepdim=True) for value in (velocity, guided))
             velocity = guided * (norm / guided_norm)
         return velocity
+
+    @property
+    def _image_shapes(self) -> list[tuple[int, int, int]]:
+        """Frames, rows and columns of the image tokens."""
+        return [(1, *self._patches)]
+
+    def _tokens(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+        """The image tokens that the transformer sees; it predicts the velocity of the first ones."""
+        return latents.to(conditioning.rows["prompt_embeds"].dtype)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from PIL import Image
 from torch import Tensor, nn
 
 from ..core.policy import Conditioning
@@ -69,7 +70,12 @@ class StableDiffusion3Policy(PipelinePolicy):
         return self.guidance_scale > 1
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> Conditioning:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] | None = None,
+        device: torch.device | None = None,
+    ) -> Conditioning:
         embeds, negative_embeds, pooled, negative_pooled = self.pipe.encode_prompt(
             prompt=list(prompts),
             prompt_2=None,

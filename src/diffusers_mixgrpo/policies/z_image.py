@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -64,7 +65,12 @@ class ZImagePolicy(PipelinePolicy):
         return self.guidance_scale > 0
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> Conditioning:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] | None = None,
+        device: torch.device | None = None,
+    ) -> Conditioning:
         embeds, negative_embeds = self.pipe.encode_prompt(
             list(prompts),
             self.device if device is None else device,

@@ -29,6 +29,14 @@ LOAD_FULL = """transformer = {transformer}.from_pretrained(
 )
 pipe = {pipeline}.from_pretrained({base_model}, transformer=transformer, dtype=torch.bfloat16)"""
 
+IMAGE_IMPORTS = """
+from diffusers.utils import load_image
+from PIL import Image, ImageOps"""
+
+# The image to edit, cropped and resized as in training; it is the first argument of these pipelines.
+IMAGE = """image=ImageOps.fit(load_image("image.png"), {size}, Image.Resampling.LANCZOS),
+    prompt={prompt}"""
+
 TEMPLATE = """# {name}
 
 {kind} of {base_link}, trained online with
@@ -38,7 +46,7 @@ TEMPLATE = """# {name}
 
 ```python
 import torch
-from diffusers import {imports}
+from diffusers import {imports}{more_imports}
 
 {load}
 pipe.to("cuda")
@@ -169,7 +177,8 @@ def mixgrpo_model_card(
         imports.append(transformer)
     if settings.shift is not None:
         imports.append("FlowMatchEulerDiscreteScheduler")
-    tags = ["text-to-image", "diffusers", policy.family, "mixgrpo", "grpo"]
+    task = "image-to-image" if policy.takes_image else "text-to-image"
+    tags = [task, "diffusers", policy.family, "mixgrpo", "grpo"]
     tags += ["lora", "template:sd-lora"] if is_lora else []
     changes = [] if run is None else reward_changes(run, [*reward_weights, *eval_reward_names], num_eval_prompts)
     entries: dict[str, Any] = dict(policy.licenses.get(base_model or "", {}))
@@ -183,7 +192,7 @@ def mixgrpo_model_card(
     data = ModelCardData(
         base_model=base_model if is_on_hub else None,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag=task,
         **entries,
     )
     load = (LOAD_LORA if is_lora else LOAD_FULL).format(
@@ -210,7 +219,10 @@ def mixgrpo_model_card(
         versions=_versions(run),
         imports=", ".join(sorted(imports)),
         load=load,
-        prompt=_literal(prompt),
+        more_imports=IMAGE_IMPORTS if policy.takes_image else "",
+        prompt=IMAGE.format(size=policy.condition_size, prompt=_literal(prompt))
+        if policy.takes_image
+        else _literal(prompt),
         other_transformer=_transformer_note(policy) if is_lora else "",
         arguments="\n".join(f"    {name}={value!r}," for name, value in policy.call_arguments.items()),
         ema="" if settings.ema_decay is None else EMA_NOTE.format(decay=settings.ema_decay, argument=average),

@@ -58,13 +58,18 @@ class Block:
 def draw_samples(samples: Samples) -> Image.Image:
     """
     The images of the fixed prompts, with their scores, and the step in the title. The best and the worst are marked.
+    An image that was edited stands before its results.
     """
     known = [sample.reward for sample in samples.fixed if sample.reward is not None]
     marks = _marks([sample.reward for sample in samples.fixed])
     scores = score_lines(samples.fixed)
     tiles = [Tile(s.image, lines, mark) for s, lines, mark in zip(samples.fixed, scores, marks, strict=True)]
     count = samples.images_per_prompt
-    blocks = [Block(samples.fixed[i].prompt, tiles[i : i + count]) for i in range(0, len(tiles), count)]
+    blocks = []
+    for i in range(0, len(tiles), count):
+        first = samples.fixed[i]
+        edited = [] if first.condition is None else [Tile(first.condition, [("image to edit", "")])]
+        blocks.append(Block(first.prompt, edited + tiles[i : i + count]))
     mean = f"mean reward {number(sum(known) / len(known))}" if known else "no image could be scored"
     return draw_grid(f"Step {samples.step} of {samples.max_steps}", mean, blocks)
 

@@ -1,12 +1,14 @@
-"""Checks of datasets before training, so that no row fails in the middle of a run."""
+"""Checks of datasets before training, so that no row fails in the middle of a run; and their images to edit."""
 
-from collections.abc import Iterable
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
 
 import datasets
+from PIL import Image
 
 from ..rewards.runner import TRL_ARGUMENTS
-from .plan import PromptDataset
+from .plan import PromptDataset, Row
 
 
 # Names of the rewards' other arguments
@@ -36,6 +38,8 @@ def check_dataset(name: str, dataset: object) -> None:
     """
     if dataset is None:
         return
+    if isinstance(dataset, OpenedImages):
+        dataset = dataset.dataset
     if isinstance(dataset, dict):
         raise TypeError(
             f"`{name}` must be one dataset, got a {type(dataset).__name__} of {', '.join(map(repr, dataset))}. Pass "
@@ -112,3 +116,113 @@ def _check_columns(name: str, columns: Iterable[str]) -> None:
                 f"`{name}` must have columns named by strings, which become arguments of reward functions, got "
                 f"{column!r}. Rename it."
             )
+
+
+# ---- Images to edit ----
+
+
+class OpenedImages:
+    """A dataset whose column `image` holds paths: each image is read when its row is."""
+
+    def __init__(self, dataset: PromptDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Row:
+        row = self.dataset[index]
+        return {**row, "image": _opened(row["image"])}
+
+
+def open_images(name: str, dataset: PromptDataset, pipeline: str) -> PromptDataset:
+    """
+    A dataset whose column `image` has PIL images, from one that has them or their paths.
+
+    Args:
+        name (`str`): The name of the argument in messages.
+        dataset ([`PromptDataset`]): A dataset that has passed [`check_dataset`].
+        pipeline (`str`): The class of the pipeline that edits the images, for messages.
+
+    Returns:
+        [`PromptDataset`]: The dataset itself if nothing has to be opened.
+
+    Raises:
+        `ValueError`: If there is no such column, or a row has no image that can be read. Of images in the dataset
+            itself only the first one is decoded here.
+    """
+    if isinstance(dataset, OpenedImages):
+        return dataset
+    columns = dataset.column_names if isinstance(dataset, datasets.Dataset) else list(dataset[0])
+    if "image" not in columns:
+        raise ValueError(
+            f"`{name}` must have a column 'image' for a {pipeline}, which edits images, got the columns {columns}. "
+            "Add PIL images or their paths, or rename a column, for example with `dataset.rename_column('input', "
+            "'image')`."
+        )
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
+        if isinstance(dataset.features["image"], datasets.Image):
+            if dataset.data.column("image").null_count > 0:
+                for i, value in enumerate(dataset.cast_column("image", datasets.Image(decode=False))["image"]):
+                    if value is None:
+                        _check_image(name, i, value)
+            decoded = dataset.cast_column("image", datasets.Image())
+            _check_image(name, 0, decoded[0]["image"])
+            return decoded
+        values: Iterable[Any] = dataset["image"]
+    else:
+        values = (dataset[i]["image"] for i in range(len(dataset)))
+    are_open = [_check_image(name, i, value) for i, value in enumerate(values)]
+    return dataset if all(are_open) else OpenedImages(dataset)
+
+
+def _check_image(name: str, i: int, value: object) -> bool:
+    """Whether the image of row `i` is a PIL image. Otherwise it must be the path of one."""
+    if isinstance(value, Image.Image):
+        return True
+    problem = ""
+    if isinstance(value, (str, os.PathLike)):
+        try:
+            with Image.open(value):
+                return False
+        except OSError as error:
+            problem = f" ({error}; the working directory is {os.getcwd()})"
+    raise ValueError(
+        f"`{name}` must have a column 'image' of PIL images or their paths, got {value!r} in row {i}{problem}. "
+        "Correct it, or remove the row."
+    )
+
+
+def _opened(value: Any) -> Image.Image:
+    if isinstance(value, Image.Image):
+        return value
+    feature = datasets.Image()  # turns photographs as their cameras say
+    return feature.decode_example(feature.encode_example(os.fspath(value)))
+
+
+class ImagePrompts(Sequence[tuple[str, Image.Image]]):
+    """
+    Prompts with their images at the size that a policy edits, each read when it is asked for.
+
+    Args:
+        places (`Sequence[tuple]`): A dataset, the index of a row, and [`PipelinePolicy.fit_image`] of the policy.
+    """
+
+    def __init__(self, places: Sequence[tuple[PromptDataset, int, Callable[[Image.Image], Image.Image]]]) -> None:
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, Image.Image]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "ImagePrompts": ...
+
+    def __getitem__(self, index: int | slice) -> "tuple[str, Image.Image] | ImagePrompts":
+        if isinstance(index, slice):
+            return ImagePrompts(self.places[index])
+        dataset, i, fit = self.places[index]
+        row = dataset[i]
+        return row["prompt"], fit(row["image"])

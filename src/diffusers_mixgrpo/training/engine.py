@@ -159,8 +159,8 @@ class Engine:
         weights ([`TrainedWeights`]): Which weights of the transformer are trained.
 
     Attributes:
-        encode (`Callable`): Prompts to [`Conditioning`]. The policy's own method, unless replaced by
-            [`~policies.prompt_embeds.CachedPrompts.encode`].
+        encode (`Callable`): Prompts, and the images to edit if there are any, to [`Conditioning`]. The policy's own
+            method, unless replaced by [`~policies.prompt_embeds.CachedPrompts.encode`].
         timer ([`PhaseTimer`]): Seconds of the phases `sampling`, `decoding`, `reward` and `training`.
         progress ([`Progress`]): Shows how far sampling is.
     """
@@ -180,7 +180,7 @@ class Engine:
         self.rewards = rewards
         self.accelerator = accelerator
         self.weights = weights
-        self.encode: Callable[[Sequence[str]], Conditioning] = policy.encode
+        self.encode: Callable[..., Conditioning] = policy.encode
         self.timer = PhaseTimer(settings.device)
         self.progress = Progress(accelerator.is_main_process and not settings.disable_tqdm)
         self.window_schedule = settings.window_schedule()
@@ -233,7 +233,7 @@ class Engine:
         settings = self.settings
         self._place_window(plan)
         with self.timer.phase("sampling"):
-            conditioning = self.encode(plan.prompts)
+            conditioning = self.condition(self.policy, plan.rows)
             # States are kept in float32: rounding them would appear as noise in the ratio.
             latents = self.policy.initial_latents(plan.latent_seeds).float()
         self.policy.prepare_scheduler(self.scheduler)
@@ -268,12 +268,24 @@ class Engine:
         start, size = plan.window
         self.scheduler = MixedODESDEScheduler.from_config(self.scheduler.config, window_start=start, window_size=size)
 
+    def condition(self, policy: PipelinePolicy, rows: Sequence[Row]) -> Conditioning:
+        """The encoded prompts of dataset rows, with their images at the size of `policy` if it edits images."""
+        prompts = [row["prompt"] for row in rows]
+        if not policy.takes_image:
+            return self.encode(prompts)
+        with self.vae_on_device():
+            return self.encode(prompts, [policy.fit_image(row["image"]) for row in rows])
+
     def decode(self, policy: PipelinePolicy, latents: Tensor, batch_size: int | None) -> list[Image.Image]:
         """Images from denoised latents of `policy`, with the VAE on the device."""
-        vae = policy.pipe.vae
-        is_offloaded = self.settings.offload_vae and not hasattr(vae, "_hf_hook")
-        with offload_models(vae, device=self.settings.device, offload=is_offloaded):
+        with self.vae_on_device():
             return policy.decode(latents, batch_size)
+
+    def vae_on_device(self) -> contextlib.AbstractContextManager[None]:
+        """A context with the VAE on the device. Afterwards it is where it was."""
+        vae = self.policy.pipe.vae
+        is_offloaded = self.settings.offload_vae and not hasattr(vae, "_hf_hook")
+        return offload_models(vae, device=self.settings.device, offload=is_offloaded)
 
     @torch.no_grad()
     def reference_means(
@@ -361,7 +373,7 @@ class Engine:
             log_probs=saved["log_probs"].to(device),
             means=saved["means"].to(device),
             transitions=self.scheduler.transitions(),
-            conditioning=self.encode(plan.prompts),
+            conditioning=self.condition(self.policy, plan.rows),
             prompt_indices=saved["prompt_indices"].to(device),
             latents=saved["latents"].to(device),
             nfe=saved["nfe"],

@@ -184,8 +184,7 @@ class Evaluator:
             for start in range(0, share, size):
                 chosen = indices[start : start + size]
                 rows = [dict(dataset[i]) for i in chosen]
-                prompts = [row["prompt"] for row in rows]
-                yield rows, *self._sample(prompts, [seeds[i] for i in chosen], transformer, on_step)
+                yield rows, *self._sample(rows, [seeds[i] for i in chosen], transformer, on_step)
 
     def _evaluation(self, scores: Tensor, images: dict[str, Tensor]) -> Evaluation:
         """From the scores of the trained rewards and the others, one row each, and the image statistics."""
@@ -206,6 +205,7 @@ class Evaluator:
         seeds: Sequence[int],
         transformer: nn.Module | None = None,
         on_step: Callable[[], object] = lambda: None,
+        images: Sequence[Image.Image] | None = None,
     ) -> list[Image.Image]:
         """
         Images of the current policy by the deterministic sampler.
@@ -215,16 +215,25 @@ class Evaluator:
             seeds (`Sequence[int]` of length `n`): Their seeds.
             transformer (`torch.nn.Module`, *optional*): The module to call instead of the policy's own transformer.
             on_step (`Callable`, *optional*): Called after each denoising step of a batch.
+            images (`Sequence[PIL.Image.Image]` of length `n`, *optional*): The images to edit.
 
         Returns:
             `list[PIL.Image.Image]` of length `n`: those of the stock pipeline with the same prompts and generators.
         """
-        return self._sample(prompts, seeds, transformer, on_step)[0]
+        rows: list[Row] = [{"prompt": prompt} for prompt in prompts]
+        if images is not None:
+            rows = [row | {"image": image} for row, image in zip(rows, images, strict=True)]
+        elif self.policy.takes_image:
+            raise ValueError(
+                f"`images` must be the images to edit, one per prompt, for a {type(self.policy.pipe).__name__}, got "
+                "None. Pass PIL images."
+            )
+        return self._sample(rows, seeds, transformer, on_step)[0]
 
     @torch.no_grad()
     def _sample(
         self,
-        prompts: Sequence[str],
+        rows: Sequence[Row],
         seeds: Sequence[int],
         transformer: nn.Module | None,
         on_step: Callable[[], object],
@@ -236,8 +245,8 @@ class Evaluator:
         images: list[Image.Image] = []
         finite: list[Tensor] = []
         size = settings.per_device_eval_batch_size
-        for start in range(0, len(prompts), size):
-            conditioning = self.engine.encode(prompts[start : start + size])
+        for start in range(0, len(rows), size):
+            conditioning = self.engine.condition(policy, rows[start : start + size])
             latents = policy.initial_latents(seeds[start : start + size])
             with self.engine.autocast():
                 trajectory = sample_trajectories(
@@ -248,6 +257,6 @@ class Evaluator:
             images += self.engine.decode(policy, latents, settings.decode_batch_size)
         are_finite = torch.cat(finite).cpu() if finite else torch.ones(0, dtype=torch.bool)
         if not are_finite.all():
-            broken = [prompts[i] for i in (~are_finite).nonzero().flatten().tolist()]
+            broken = [rows[i]["prompt"] for i in (~are_finite).nonzero().flatten().tolist()]
             logger.warning(f"{len(broken)} of {len(images)} images are infinite or NaN. Prompts: {broken}.")
         return images, are_finite

@@ -211,20 +211,25 @@ def prompts_of_run(
     """
     prompts: list[str] = []
     if dataset is not None:
-        sampler = PromptSampler.of_run(settings, len(dataset), num_processes, repeats=1)
-        per_iteration = sampler.prompts_per_iteration
-        per_epoch = len(sampler) // per_iteration
-        iterations = iterations_of_run(settings, per_epoch)
-        needed: dict[int, None] = {}
-        for epoch in range(math.ceil(iterations / per_epoch)):
-            sampler.set_epoch(epoch)
-            needed |= dict.fromkeys(islice(sampler, (iterations - epoch * per_epoch) * per_iteration))
-            if len(needed) == len(dataset):
-                break
-        prompts += [dataset[i]["prompt"] for i in needed]
+        prompts += [dataset[i]["prompt"] for i in indices_of_run(settings, len(dataset), num_processes)]
     for evaluation in evaluations:
         prompts += [evaluation[i]["prompt"] for i in range(len(evaluation))]
     return prompts
+
+
+def indices_of_run(settings: MixGRPOConfig, num_prompts: int, num_processes: int) -> list[int]:
+    """The rows of a dataset that a run trains on from beginning to end, on all devices."""
+    sampler = PromptSampler.of_run(settings, num_prompts, num_processes, repeats=1)
+    per_iteration = sampler.prompts_per_iteration
+    per_epoch = len(sampler) // per_iteration
+    iterations = iterations_of_run(settings, per_epoch)
+    needed: dict[int, None] = {}
+    for epoch in range(math.ceil(iterations / per_epoch)):
+        sampler.set_epoch(epoch)
+        needed |= dict.fromkeys(islice(sampler, (iterations - epoch * per_epoch) * per_iteration))
+        if len(needed) == num_prompts:
+            break
+    return list(needed)
 
 
 def iterations_of_run(settings: MixGRPOConfig, iterations_per_epoch: int) -> int:

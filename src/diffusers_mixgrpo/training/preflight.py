@@ -214,7 +214,7 @@ def _warm_up(engine: Engine, plan: IterationPlan) -> None:
     policy.prepare_scheduler(scheduler)
     latents = policy.initial_latents([0]).float()
     with engine.autocast():
-        policy.velocity(latents, scheduler.timesteps[:1], engine.encode(plan.prompts[:1]))
+        policy.velocity(latents, scheduler.timesteps[:1], engine.condition(policy, plan.rows[:1]))
     engine.decode(engine.policy, latents, None)
 
 

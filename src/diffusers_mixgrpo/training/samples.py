@@ -8,7 +8,7 @@ import contextlib
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class Sample:
         reward (`float`, *optional*): The weighted sum of the trained rewards, `None` if one of them is missing.
         seed (`int`, *optional*): The seed of a fixed prompt's image.
         advantage (`float`, *optional*): The advantage of an image that is trained on.
+        condition (`PIL.Image.Image`, *optional*): The image that was edited, of a fixed prompt.
     """
 
     prompt: str
@@ -43,6 +44,7 @@ class Sample:
     reward: float | None
     seed: int | None = None
     advantage: float | None = None
+    condition: Image.Image | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,11 @@ def sample_fixed(
     with _same_random_numbers(engine.settings.device), engine.timer.phase("images"):
         images, scores = evaluator.sample(rows, seeds, transformer)
     prompts = [row["prompt"] for row in rows]
-    return _samples(engine, prompts, images, scores, evaluator.reward_names, seeds=seeds)
+    samples = _samples(engine, prompts, images, scores, evaluator.reward_names, seeds=seeds)
+    if not evaluator.policy.takes_image:
+        return samples
+    conditions = [evaluator.policy.fit_image(row["image"]) for row in rows]
+    return [replace(sample, condition=image) for sample, image in zip(samples, conditions, strict=True)]
 
 
 @contextlib.contextmanager
