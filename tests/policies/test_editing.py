@@ -22,6 +22,7 @@ from diffusers_mixgrpo.commands import before_after, train
 from diffusers_mixgrpo.commands import evaluate as evaluate_command
 from diffusers_mixgrpo.policies import FAMILIES, PipelinePolicy
 from diffusers_mixgrpo.policies.prompt_embeds import CachedPrompts, cache_folder, cache_prompts
+from diffusers_mixgrpo.reports.html_report import write_report
 from diffusers_mixgrpo.training.datasets import open_images
 
 
@@ -584,6 +585,21 @@ def test_grids_show_the_image_to_edit(tmp_path):
     is_red = (grid == (255, 0, 0)).all(-1)
     assert is_red.sum() == (7 * 48) * (7 * 32)
     assert is_red.any(0).nonzero()[0].max() < grid.shape[1] / 2
+
+
+def test_the_report_shows_the_image_to_edit(tmp_path):
+    """Once for each fixed prompt, before its images."""
+    rows = [row | {"image": Image.new("RGB", (90, 60), "red")} for row in rows_of("flux-kontext")]
+    changes = {"logging_images_steps": 1, "num_logged_prompts": 2, "num_logged_seeds": 1}
+    trainer_of("flux-kontext", tmp_path, train_dataset=rows, eval_dataset=None, max_steps=4, **changes).train()
+    images = json.loads((tmp_path / "images" / "step_000000.json").read_text())["samples"]
+    for sample in images:
+        edited = Image.open(tmp_path / "images" / sample["condition"])
+        assert np.array_equal(np.asarray(edited), np.asarray(Image.new("RGB", (48, 32), "red")))
+    page = write_report(tmp_path).read_text()
+    assert page.count(">image to edit<") == 2
+    film = page[page.index('class="film"') :]
+    assert film.index("image to edit") < film.index("step 0")
 
 
 def test_before_and_after_show_the_image_to_edit(tmp_path):

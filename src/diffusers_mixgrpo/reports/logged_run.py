@@ -30,6 +30,7 @@ class LoggedImage:
         reward (`float`, *optional*): The weighted reward.
         rewards (`dict[str, float]`): Each reward that could be computed.
         advantage (`float`, *optional*): Its advantage, of a training image.
+        condition (`Path`, *optional*): The image that was edited, of a fixed sample.
     """
 
     path: Path | None
@@ -38,6 +39,7 @@ class LoggedImage:
     reward: float | None = None
     rewards: dict[str, float] = field(default_factory=dict)
     advantage: float | None = None
+    condition: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,7 @@ def _image(folder: Path, value: dict[str, Any], refused: list[str]) -> LoggedIma
         reward=as_number(value.get("reward")),
         rewards={name: score for name, score in rewards.items() if score is not None},
         advantage=as_number(value.get("advantage")),
+        condition=_inside(folder, value.get("condition"), refused),
     )
 
 

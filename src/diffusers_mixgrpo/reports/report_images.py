@@ -64,7 +64,8 @@ def films(runs: Sequence[LoggedRun]) -> list[dict[str, Any]]:
             if len(frames) > 1:
                 strips.append({"letter": "AB"[index] if len(runs) > 1 else "", "frames": frames})
         if strips:
-            found.append({"prompt": clipped(key[0]), "seed": key[1], "strips": strips})
+            edited = _edited(runs[0], key)
+            found.append({"prompt": clipped(key[0]), "seed": key[1], "edited": edited, "strips": strips})
     return found
 
 
@@ -112,6 +113,13 @@ def _frames(run: LoggedRun, key: Key) -> list[dict[str, Any]]:
         steps = [steps[round(index * last / (MAX_FRAMES - 1))] for index in range(MAX_FRAMES)]
     shown = [_shown(image, FRAME_SIZE, step) for step, image in steps]
     return [frame for frame in shown if frame is not None]
+
+
+def _edited(run: LoggedRun, key: Key) -> dict[str, Any] | None:
+    """The image that is edited for a fixed prompt, if there is one."""
+    paths = [_by_key(record)[key].condition for record in run.images if key in _by_key(record)]
+    embedded = embed(paths[0], FRAME_SIZE) if paths and paths[0] is not None else None
+    return None if embedded is None else {"image": embedded, "alt": f"“{clipped(key[0], 120)}”, the image to edit"}
 
 
 def _group(group: ImageGroup, step: int, letter: str) -> dict[str, Any] | None:

@@ -153,11 +153,17 @@ def _write_images(
     entries = []
     for i, sample in enumerate(samples):
         file = f"{name}/{prefix}_{i:02d}.webp"
-        is_small = sample.image.width * sample.image.height <= _LOSSLESS
-        sample.image.convert("RGB").save(folder / file, lossless=is_small, quality=90)
+        _write_image(folder / file, sample.image)
         own = {field: getattr(sample, field) for field in fields}
         entries.append(own | {"file": file, "reward": sample.reward, "rewards": sample.rewards})
+        if sample.condition is not None:
+            entries[-1]["condition"] = f"{name}/edited_{i:02d}.webp"
+            _write_image(folder / entries[-1]["condition"], sample.condition)
     return entries
+
+
+def _write_image(path: Path, image: Image.Image) -> None:
+    image.convert("RGB").save(path, lossless=image.width * image.height <= _LOSSLESS, quality=90)
 
 
 def _remove_images(folder: Path, step: int) -> None:
