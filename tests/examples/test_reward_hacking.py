@@ -29,6 +29,7 @@ def study(monkeypatch, tmp_path):
     return study
 
 
+@pytest.mark.slow
 def test_a_short_run(study):
     result = study("--iterations", "2", "--eval_every", "1", "--num_eval_prompts", "4")
     assert [point["step"] for point in result["evaluations"]] == [0, 2, 4]

@@ -145,7 +145,7 @@ def test_a_rollout_without_a_window_is_the_stock_pipeline(family, scale, photos)
     assert_same_images(policy.decode(trajectory.latents), stock(policy, texts, photos))
 
 
-@pytest.mark.parametrize("family", ["flux-kontext", "qwen-image-edit"])
+@pytest.mark.parametrize("family", ["flux-kontext", pytest.param("qwen-image-edit", marks=pytest.mark.slow)])
 def test_an_image_of_the_right_aspect_ratio_is_used_as_the_stock_pipeline_uses_it(family):
     """Not so with Qwen-Image-Edit-Plus, whose language model sees a smaller image: one that is resized twice."""
     policy = like_stock(family, SCALES[family][1], TEXTS[:1])
@@ -156,7 +156,7 @@ def test_an_image_of_the_right_aspect_ratio_is_used_as_the_stock_pipeline_uses_i
     assert_same_images(policy.decode(roll_out(policy, TEXTS[:1], [0]).latents), images)
 
 
-@FAMILY
+@SLOW_FAMILY
 def test_the_shared_prefix_is_the_stock_pipelines(family):
     policy = like_stock(family, SCALES[family][1], TEXTS[:1])
     states = []
@@ -173,7 +173,7 @@ def test_the_shared_prefix_is_the_stock_pipelines(family):
 
 # See `test_families.py` for the tolerance.
 @pytest.mark.parametrize("sde_type", ["flow", "dance", "cps", "dpm"])
-@FAMILY
+@SLOW_FAMILY
 def test_the_ratio_is_one_before_the_first_update(family, sde_type):
     policy = make_policy(family, SCALES[family][1])
     trajectory = roll_out(policy, TEXTS, [0, 1], group=2, start=1, size=2, sde_type=sde_type)
@@ -187,7 +187,7 @@ def test_the_ratio_is_one_before_the_first_update(family, sde_type):
             assert (ratio - 1).abs().max() <= 1e-5
 
 
-@FAMILY
+@SLOW_FAMILY
 def test_a_prompt_is_the_same_in_each_batch(family):
     together, alone = encode(family, 4.0, tuple(TEXTS), (0, 1)), encode(family, 4.0, tuple(TEXTS[1:]), (1,))
     for name, rows in together.rows.items():
@@ -547,8 +547,7 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
-@pytest.mark.parametrize("name", ["edits.jsonl", "photos"])
+@pytest.mark.parametrize("name, rank", [("edits.jsonl", 4), ("photos", 0)])
 def test_the_train_and_evaluate_commands(workplace, kontext_folder, name, rank):
     flags = f"--pretrained_model_name_or_path {kontext_folder} --reward_funcs my_rewards:likeness"
     train.main(

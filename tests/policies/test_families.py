@@ -34,6 +34,10 @@ SCALES = {"flux": (0.0, 3.5), "flux2": (1.0, 4.0), "flux2-klein": (1.0, 4.0), "q
 SCALES |= {"stable-diffusion-3": (1.0, 7.0), "z-image": (0.0, 5.0)}
 CASES = [(name, scale) for name, scales in SCALES.items() for scale in scales] + [("flux-schnell", 0.0)]
 FAMILY = pytest.mark.parametrize("family", MINIATURES)
+# Runs of FLUX.1 are what many other tests are about. Of the others one is enough as a rule.
+ONE_FAMILY = pytest.mark.parametrize(
+    "family", ["z-image", *(pytest.param(name, marks=pytest.mark.slow) for name in MINIATURES if name != "z-image")]
+)
 
 
 @functools.cache
@@ -275,7 +279,7 @@ def test_the_saved_lora_gives_the_trainers_images_in_the_stock_pipeline(family, 
     assert np.abs(untrained - np.asarray(images[0], dtype=int)).max() > 5
 
 
-@FAMILY
+@ONE_FAMILY
 def test_a_resumed_run_is_the_uninterrupted_one(family, tmp_path):
     whole = trainer_of(family, tmp_path / "whole", max_steps=4)
     whole.train()
@@ -286,7 +290,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(family, tmp_path):
     assert_same(trained(second), trained(whole))
 
 
-@FAMILY
+@ONE_FAMILY
 def test_the_options_of_a_run(family, tmp_path):
     """The preflight, cached embeddings, hybrid inference, gradient checkpointing, bfloat16, the VAE off the device."""
     options = {"gradient_checkpointing": True, "bf16": True, "offload_vae": True, "cache_prompt_embeds": True}
