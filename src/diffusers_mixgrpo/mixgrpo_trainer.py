@@ -35,7 +35,7 @@ from .rewards import load_reward
 from .rewards.runner import RewardFunc, RewardRunner, reward_names
 from .training.callbacks import IterationCallback, RewardProgressCallback
 from .training.checkpoints import ROLLOUT_NAME
-from .training.datasets import ImagePrompts, check_dataset, evaluations, open_images
+from .training.datasets import ImagePrompts, check_dataset, evaluations, open_evaluations, open_images
 from .training.ema import EMAWeights
 from .training.engine import Engine, Rollout, TrainingBatch, make_scheduler
 from .training.evaluation import Evaluation, Evaluator
@@ -158,11 +158,7 @@ class MixGRPOTrainer(HubTrainer):
             pipeline = family.pipeline_class.__name__
             if train_dataset is not None:
                 train_dataset = open_images("train_dataset", train_dataset, pipeline)
-            opened = {name: open_images(name, part, pipeline) for name, part in evaluations(eval_dataset).items()}
-            if isinstance(eval_dataset, dict):
-                eval_dataset = dict(zip(eval_dataset, opened.values(), strict=True))
-            elif eval_dataset is not None:
-                eval_dataset = opened["eval_dataset"]
+            eval_dataset = open_evaluations(eval_dataset, pipeline)
 
         # 2. The rewards
         kwargs = args.reward_init_kwargs if isinstance(args.reward_init_kwargs, dict) else {}

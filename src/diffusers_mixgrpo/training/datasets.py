@@ -176,6 +176,16 @@ def open_images(name: str, dataset: PromptDataset, pipeline: str) -> PromptDatas
     return dataset if all(are_open) else OpenedImages(dataset)
 
 
+def open_evaluations(
+    dataset: PromptDataset | dict[str, PromptDataset] | None, pipeline: str
+) -> PromptDataset | dict[str, PromptDataset] | None:
+    """As [`open_images`], of an `eval_dataset`: one, several by name, or none."""
+    opened = {name: open_images(name, part, pipeline) for name, part in evaluations(dataset).items()}
+    if isinstance(dataset, dict):
+        return dict(zip(dataset, opened.values(), strict=True))
+    return opened.get("eval_dataset")
+
+
 def _check_image(name: str, i: int, value: object) -> bool:
     """Whether the image of row `i` is a PIL image. Otherwise it must be the path of one."""
     if isinstance(value, Image.Image):
