@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusers_mixgrpo import toy
 
 
+pytestmark = pytest.mark.slow  # of interest where the benchmark is changed
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # One prompt, two images, four steps of which the MixGRPO presets train one
 TINY = "--prompts 1 --num_generations 2 --num_inference_steps 4 --window_size 1 --updates 2 --rounds 1"
