@@ -14,7 +14,7 @@ from peft import LoraConfig
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer
+from diffusers_mixgrpo import MixGRPOConfig, MixGRPOTrainer, PipelinePolicy, Trajectory
 
 
 PROMPTS = [{"prompt": text, "tag": i} for i, text in enumerate(["a cat", "two dogs", "sea", "red", "blue tree"])]
@@ -153,6 +153,24 @@ def trained(trainer: MixGRPOTrainer) -> dict[str, torch.Tensor]:
 def logged(trainer: MixGRPOTrainer, name: str) -> list[float]:
     """The values of a metric in the order in which they were logged."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def assert_the_ratio_is_one(policy: PipelinePolicy, trajectory: Trajectory) -> None:
+    """
+    Replayed before any update, in batches of any size, the 8 transitions have the log-probs of the rollout.
+
+    A log-prob is a mean over elements whose velocity rounds differently in other batches: by a few units of 2^-23
+    times the number of layers. Guidance multiplies the difference of two passes, and `cps` divides by small stds at
+    late steps.
+    """
+    images, steps = trajectory.transition_indices()
+    assert len(images) == 8
+    for size in (1, 3, 8):
+        for part in torch.arange(len(images)).split(size):
+            with torch.no_grad():
+                replay = trajectory.replay(policy, images[part], steps[part])
+            ratio = torch.exp(replay.log_probs - trajectory.log_probs[images[part], steps[part]])
+            assert (ratio - 1).abs().max() <= 1e-5
 
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], **tolerance: float) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from helpers import assert_same, make_trainer, redness, trained
+from helpers import assert_same, assert_the_ratio_is_one, make_trainer, redness, trained
 from miniatures import EDITING
 from peft import LoraConfig
 from PIL import Image
@@ -171,20 +171,12 @@ def test_the_shared_prefix_is_the_stock_pipelines(family):
     assert torch.equal(trajectory.states[:, 0], states[1].repeat_interleave(3, 0))
 
 
-# See `test_families.py` for the tolerance.
 @pytest.mark.parametrize("sde_type", ["flow", "dance", "cps", "dpm"])
 @SLOW_FAMILY
 def test_the_ratio_is_one_before_the_first_update(family, sde_type):
     policy = make_policy(family, SCALES[family][1])
     trajectory = roll_out(policy, TEXTS, [0, 1], group=2, start=1, size=2, sde_type=sde_type)
-    images, steps = trajectory.transition_indices()
-    assert len(images) == 8
-    for size in (1, 3, 8):
-        for part in torch.arange(len(images)).split(size):
-            with torch.no_grad():
-                replay = trajectory.replay(policy, images[part], steps[part])
-            ratio = torch.exp(replay.log_probs - trajectory.log_probs[images[part], steps[part]])
-            assert (ratio - 1).abs().max() <= 1e-5
+    assert_the_ratio_is_one(policy, trajectory)
 
 
 @SLOW_FAMILY

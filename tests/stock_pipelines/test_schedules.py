@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
@@ -24,6 +23,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+from parts import deep_compression_vae
 from PIL import Image
 
 from diffusers_mixgrpo import MixedODESDEScheduler
@@ -165,24 +165,7 @@ def sana():
         caption_channels=8,
         sample_size=32,
     ).eval()
-    vae = AutoencoderDC(
-        in_channels=3,
-        latent_channels=4,
-        attention_head_dim=2,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=[1, 1],
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
-    ).eval()
-    parts = {"text_encoder": None, "tokenizer": None, "vae": vae, "transformer": transformer}
+    parts = {"text_encoder": None, "tokenizer": None, "vae": deep_compression_vae(), "transformer": transformer}
     return SanaPipeline(**parts, scheduler=DPMSolverMultistepScheduler(**FLOW, flow_shift=3.0))
 
 

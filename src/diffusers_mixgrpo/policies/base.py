@@ -310,6 +310,11 @@ class PackedPolicy(PipelinePolicy):
     def _patches(self) -> tuple[int, int]:
         return self.height // self.size_multiple, self.width // self.size_multiple
 
+    def _noise_arguments(self, generators: list[torch.Generator], dtype: torch.dtype) -> tuple[Any, ...]:
+        """The arguments of the pipeline's `prepare_latents` for noise in `dtype`, but for an image to edit."""
+        channels = self.pipe.transformer.config.in_channels // 4
+        return len(generators), channels, self.height, self.width, dtype, self.device, generators
+
     @property
     def _condition_patches(self) -> tuple[int, int]:
         width, height = self.condition_size

@@ -79,15 +79,7 @@ class FluxPolicy(PackedPolicy):
         )
 
     def prepare_latents(self, generators: list[torch.Generator]) -> Tensor:
-        latents, _ = self.pipe.prepare_latents(
-            len(generators),
-            self.pipe.transformer.config.in_channels // 4,
-            self.height,
-            self.width,
-            self.pipe.text_encoder_2.dtype,
-            self.device,
-            generators,
-        )
+        latents, _ = self.pipe.prepare_latents(*self._noise_arguments(generators, self.pipe.text_encoder_2.dtype))
         return latents
 
     def timestep_shift(self, scheduler: FlowMatchEulerDiscreteScheduler) -> float:

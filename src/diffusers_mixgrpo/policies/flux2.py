@@ -80,15 +80,7 @@ class Flux2Policy(PackedPolicy):
         return embeds, text_ids[:1]
 
     def prepare_latents(self, generators: list[torch.Generator]) -> Tensor:
-        latents, _ = self.pipe.prepare_latents(
-            len(generators),
-            self.pipe.transformer.config.in_channels // 4,
-            self.height,
-            self.width,
-            self.pipe.text_encoder.dtype,
-            self.device,
-            generators,
-        )
+        latents, _ = self.pipe.prepare_latents(*self._noise_arguments(generators, self.pipe.text_encoder.dtype))
         return latents
 
     def timestep_shift(self, scheduler: FlowMatchEulerDiscreteScheduler) -> float:

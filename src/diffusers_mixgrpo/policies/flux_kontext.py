@@ -48,16 +48,8 @@ class FluxKontextPolicy(FluxPolicy):
         return Conditioning(conditioning.rows | {"image_latents": tokens}, conditioning.shared)
 
     def prepare_latents(self, generators: list[torch.Generator]) -> Tensor:
-        latents, *_ = self.pipe.prepare_latents(
-            None,
-            len(generators),
-            self.pipe.transformer.config.in_channels // 4,
-            self.height,
-            self.width,
-            self.pipe.text_encoder_2.dtype,
-            self.device,
-            generators,
-        )
+        dtype = self.pipe.text_encoder_2.dtype
+        latents, *_ = self.pipe.prepare_latents(None, *self._noise_arguments(generators, dtype))
         return latents
 
     def velocity(

@@ -84,15 +84,7 @@ class QwenImagePolicy(PackedPolicy):
         return self.pipe.encode_prompt(list(prompts), device, max_sequence_length=self.max_sequence_length)
 
     def prepare_latents(self, generators: list[torch.Generator]) -> Tensor:
-        return self.pipe.prepare_latents(
-            len(generators),
-            self.pipe.transformer.config.in_channels // 4,
-            self.height,
-            self.width,
-            self.pipe.text_encoder.dtype,
-            self.device,
-            generators,
-        )
+        return self.pipe.prepare_latents(*self._noise_arguments(generators, self.pipe.text_encoder.dtype))
 
     def timestep_shift(self, scheduler: FlowMatchEulerDiscreteScheduler) -> float:
         return calculate_shift(

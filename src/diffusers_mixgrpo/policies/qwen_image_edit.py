@@ -74,16 +74,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
         return self.pipe.encode_prompt(list(prompts), list(images or ()), device)
 
     def prepare_latents(self, generators: list[torch.Generator]) -> Tensor:
-        latents, _ = self.pipe.prepare_latents(
-            None,
-            len(generators),
-            self.pipe.transformer.config.in_channels // 4,
-            self.height,
-            self.width,
-            self.pipe.text_encoder.dtype,
-            self.device,
-            generators,
-        )
+        latents, _ = self.pipe.prepare_latents(None, *self._noise_arguments(generators, self.pipe.text_encoder.dtype))
         return latents
 
     @property
