@@ -488,6 +488,8 @@ def test_images_have_to_be_passed_to_sample_images(tmp_path):
     trainer = trainer_of("flux-kontext", tmp_path)
     with pytest.raises(ValueError, match="`images` must be the images to edit.*FluxKontextPipeline, got None"):
         trainer.sample_images(["a cat"])
+    with pytest.raises(ValueError, match="`images` must be the images to edit, one per prompt, got None"):
+        trainer.engine.policy.encode(["a cat"])
 
 
 def test_an_image_is_an_ordinary_column_where_nothing_is_edited(tmp_path):

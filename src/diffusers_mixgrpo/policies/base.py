@@ -350,6 +350,13 @@ def require_all_parts(
         )
 
 
+def require_images(images: Sequence[Image.Image] | None) -> Sequence[Image.Image]:
+    """The images to edit. Raise a `ValueError` if there are none."""
+    if images is None:
+        raise ValueError("`images` must be the images to edit, one per prompt, got None. Pass PIL images.")
+    return images
+
+
 def require_multiple(name: str, size: int, multiple: int) -> None:
     """Raise a `ValueError` unless the image size `size`, of the argument `name`, is a positive multiple."""
     if size > 0 and size % multiple == 0:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..core.policy import Conditioning
+from .base import require_images
 from .flux import FluxPolicy, non_commercial
 
 
@@ -42,7 +43,7 @@ class FluxKontextPolicy(FluxPolicy):
         images: Sequence[Image.Image] | None = None,
         device: torch.device | None = None,
     ) -> Conditioning:
-        assert images is not None
+        images = require_images(images)
         conditioning = super().encode(prompts, device=device)
         tokens = self._image_latents(images).to(conditioning.rows["prompt_embeds"])
         return Conditioning(conditioning.rows | {"image_latents": tokens}, conditioning.shared)

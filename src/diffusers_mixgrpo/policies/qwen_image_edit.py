@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.policy import Conditioning
+from .base import require_images
 from .qwen_image import QwenImagePolicy
 
 
@@ -63,7 +64,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
         images: Sequence[Image.Image] | None = None,
         device: torch.device | None = None,
     ) -> Conditioning:
-        assert images is not None
+        images = require_images(images)
         conditioning = super().encode(prompts, images, device)
         tokens = self._image_latents(images).to(conditioning.rows["prompt_embeds"])
         return Conditioning(conditioning.rows | {"image_latents": tokens})
